@@ -1,0 +1,18 @@
+"""What happens around the training loop."""
+
+from mf_lightning.callbacks.checkpoint import AtomicCheckpointIO
+from mf_lightning.callbacks.ema import EMA
+from mf_lightning.callbacks.guards import NonFiniteGuard
+from mf_lightning.callbacks.run_summary import RunSummary
+from mf_lightning.callbacks.sample_eval import SampleEval
+from mf_lightning.callbacks.sample_grid import SampleGrid, SampleWriter
+
+__all__ = [
+    "EMA",
+    "AtomicCheckpointIO",
+    "NonFiniteGuard",
+    "RunSummary",
+    "SampleEval",
+    "SampleGrid",
+    "SampleWriter",
+]

@@ -1,0 +1,59 @@
+"""Checkpoints that are whole or absent, and readable without running code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from mf_lightning.types import UserError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write aside, then rename, so that an earlier checkpoint survives a full disk or a kill; load plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+        """Write a checkpoint under a temporary name, flush it to disk and rename it.
+
+        Raises:
+            UserError: the disk is full or not writable; what was at ``path`` is still there.
+        """
+        path = Path(path)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(aside, path)
+        except (OSError, RuntimeError) as error:
+            kept = f"The earlier {path} is still whole." if path.exists() else "Nothing was written."
+            raise UserError(
+                f"Got no checkpoint written to {path} ({error}), expected space for it. {kept} Free some space and resume, "
+                "or change trainer.default_root_dir."
+            ) from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Read a checkpoint with ``weights_only``: no code in it is ever run.
+
+        Raises:
+            UserError: no such file, a truncated one, or one that needs code.
+        """
+        import pickle
+
+        file = Path(path)
+        if not file.is_file():
+            raise UserError(f"Got the checkpoint '{path}', which is no file, expected one such as checkpoints/last.ckpt.")
+        try:
+            return torch.load(file, map_location=map_location or "cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"Got the checkpoint '{path}', which cannot be read ({str(error).splitlines()[0]}), expected a whole one of "
+                "plain values. Use another checkpoint of the run."
+            ) from error

@@ -1,0 +1,130 @@
+"""Images from the network under training: image i is a function of (seed, i) alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from mf_lightning import draws
+from mf_lightning.callbacks.ema import EMA
+from mf_lightning.draws import Stream
+from mf_lightning.flow.sampler import CountedPasses, sample, time_grid
+from mf_lightning.types import UserError
+
+LabelScheme = Literal["balanced", "uniform"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """One batch of generated pictures."""
+
+    pixels: Tensor
+    """(B, c, H, W) uint8."""
+    labels: Tensor | None
+    """(B,) int64, the classes asked for; None if unconditional."""
+    index: Tensor
+    """(B,) int64, CPU: the images' numbers."""
+    nfe: int
+    """Network passes that each image took, counted."""
+
+
+def choose_labels(scheme: LabelScheme, index: Tensor, *, num_classes: int, seed: int) -> Tensor | None:
+    """Return the class of each image, (B,) int64: ``i mod num_classes``, or uniform by (seed, i); None without classes."""
+    if num_classes == 0:
+        return None
+    if scheme == "balanced":
+        return index % num_classes
+    draw = draws.uniform(seed, Stream.SAMPLE_LABEL, step=0, rows=index, count=1)[:, 0]
+    return (draw * num_classes).to(torch.int64)
+
+
+def find_ema(trainer: Trainer) -> EMA:
+    """Return the trainer's EMA callback; there is always one from the command line, perhaps with no averages."""
+    found = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]
+    if not found:
+        raise UserError("Got a trainer without the EMA callback, expected one. Add mf_lightning.callbacks.EMA to its callbacks.")
+    return found[0]
+
+
+def check_nfe(name: str, nfe: list[int]) -> list[int]:
+    """Refuse an empty list, or step counts that are not whole and positive, at the door."""
+    if not nfe:
+        raise UserError(f"Got {name} = [], expected at least one number of sampling steps, for example [1, 2].")
+    for num_steps in nfe:
+        time_grid(num_steps)
+    return list(nfe)
+
+
+@torch.no_grad()
+def generate(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    index: Tensor,
+    *,
+    num_steps: int,
+    ema: float | None,
+    seed: int,
+    labels: LabelScheme,
+    batch_size: int,
+    progress: bool = True,
+) -> Iterator[Images]:
+    """Yield pictures of the given numbers, batch by batch.
+
+    Args:
+        trainer: gives precision, EMA callback and data module.
+        pl_module: its network draws.
+        index: numbers of the images that this process makes, (N,) int64.
+        num_steps: jumps of the sampler.
+        ema: decay of the average to use; None is the raw weights.
+        seed: with an image's number it decides noise and, where uniform, label.
+        labels: "balanced" or "uniform".
+        batch_size: images at a time; the pictures do not depend on it.
+        progress: show a bar on the first process.
+    """
+    net, data = pl_module.net, trainer.datamodule
+    num_classes = net.y_null or 0
+    dtype = next(net.parameters()).dtype
+    show = progress and trainer.is_global_zero and trainer.progress_bar_callback is not None
+    weights = "raw weights" if ema is None else f"EMA {ema}"
+    was_training = net.training
+    net.eval()
+    bar = tqdm(total=len(index), desc=f"Sampling NFE {num_steps}, {weights}", unit="img", leave=False, disable=not show)
+    try:
+        with bar, find_ema(trainer).applied(pl_module, ema):
+            for part in index.split(batch_size):
+                on_device = part.to(pl_module.device)
+                noise = draws.normal(
+                    seed, Stream.SAMPLE_NOISE, step=0, rows=on_device, shape=data.latent_spec.shape, dtype=dtype
+                )
+                y = choose_labels(labels, on_device, num_classes=num_classes, seed=seed)
+                counted = CountedPasses(net)
+                with trainer.precision_plugin.forward_context():
+                    latents = sample(counted, noise, y=y, grid=time_grid(num_steps))
+                yield Images(data.decode(latents), y, part, counted.passes)
+                bar.update(len(part))
+    finally:
+        net.train(was_training)
+
+
+class Stopwatch:
+    """Seconds of wall time since it was made, after waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the time passed."""
+        return self._now() - self.start

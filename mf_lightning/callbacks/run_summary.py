@@ -1,0 +1,66 @@
+"""The last lines of a run: what the figures were and where everything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from mf_lightning.callbacks.sample_eval import RESULTS_FILE, SampleEval
+
+
+class RunSummary(Callback):
+    """Print figures and places at the end of `fit`, `validate` and `test`, on the first process."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print figures, grids, metrics and checkpoints."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            root = Path(trainer.default_root_dir)
+            places = {"grids": root / "grids", "figures": root / RESULTS_FILE, "curves": root / "metrics.csv"}
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+                    what = f"best {callback.monitor}" if callback.monitor else "checkpoint"
+                    places[what] = Path(callback.best_model_path)
+            print("\n".join(["", *_figures(trainer), *_listing(places)]))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print figures after `validate` (not inside `fit`)."""
+        if trainer.is_global_zero and trainer.state.fn == "validate":
+            print("\n".join(_figures(trainer)))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print figures after `test`."""
+        if trainer.is_global_zero:
+            print("\n".join(_figures(trainer)))
+
+
+def _figures(trainer: Trainer) -> list[str]:
+    rows = [row for callback in trainer.callbacks if isinstance(callback, SampleEval) for row in callback.rows]
+    if not rows:
+        return []
+    newest = [row for row in rows if row["step"] == rows[-1]["step"]]
+    protocol = newest[-1]["protocol"]
+    columns = [name for name in ("fid", "class_accuracy", "precision", "recall") if newest[0][name] is not None]
+    title = f"Step {newest[-1]['step']}, {protocol['num_samples']:,} images, {protocol['extractor']}:"
+    head = f"  {'NFE':>4} {'EMA':>8} " + " ".join(f"{name:>15}" for name in columns)
+    lines = [
+        f"  {row['nfe']:>4} {'raw' if row['ema'] is None else row['ema']:>8} "
+        + " ".join(f"{row[name]:>15.4f}" for name in columns)
+        for row in newest
+    ]
+    known = [callback for callback in trainer.callbacks if isinstance(callback, SampleEval)]
+    own = known[0].reference.about.get("reconstruction_fid") if known and known[0].reference else None
+    note = [] if own is None else [f"  FID of the autoencoder's own reconstructions: {own:.4f}"]
+    return [title, head, *lines, *note]
+
+
+def _listing(places: dict[str, Path]) -> list[str]:
+    there = {name: path for name, path in places.items() if path.exists()}
+    return [f"  {name + ':':<15} {_short(path)}" for name, path in there.items()]
+
+
+def _short(path: Path) -> Path:
+    """Return a path relative to the working directory where it lies below it."""
+    path, here = path.resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

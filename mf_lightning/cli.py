@@ -1,0 +1,116 @@
+"""The command line of training: the only room that knows YAML, recipes and how options meet."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from mf_lightning.callbacks import EMA, NonFiniteGuard, RunSummary, SampleEval, SampleGrid, SampleWriter
+from mf_lightning.data.datamodule import LatentData
+from mf_lightning.module import MeanFlowModule
+from mf_lightning.types import UserError
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+def configs_dir() -> Path:
+    """Return the folder of shipped parts and recipes: beside the package in a checkout, inside it in a wheel.
+
+    Raises:
+        UserError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "base.yaml").is_file():
+            return folder
+    raise UserError(
+        f"Got no base.yaml in {package / 'configs'} or {package.parent / 'configs'}, expected the shipped configs. "
+        "Reinstall mf_lightning: without base.yaml every run would silently lose what all runs share."
+    )
+
+
+class MeanFlowCLI(LightningCLI):
+    """LightningCLI with this project's callbacks as groups of options (``--ema.decays``, ``--sample_eval.nfe``, ...).
+
+    No options are linked: a link overwrites what the user wrote and ignores a missing target, both silently. The network
+    takes latent shape and class count from the data module when it is made, and refuses a class count that differs.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has."""
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(SampleEval, "sample_eval")
+        parser.add_lightning_class_args(SampleGrid, "sample_grid")
+        parser.add_lightning_class_args(SampleWriter, "sample_writer")
+
+    def before_fit(self) -> None:
+        """Refuse to write a new run into an old one's folder."""
+        root = Path(self.trainer.default_root_dir)
+        if self._get(self.config_init, "ckpt_path") is None and (root / "checkpoints" / "last.ckpt").exists():
+            command = " ".join(["python", *sys.argv])
+            raise UserError(
+                f"Got a folder that already holds a run: {root}. Resume it: {command} --ckpt_path=last   "
+                f"Start anew: remove the folder (rm -r {root}), or give another --trainer.default_root_dir."
+            )
+
+
+def _check_keys(args: list[str]) -> None:
+    """Refuse a ``config:`` key inside a YAML: it looks like inheritance, and would not be."""
+    files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
+    files += [a.split("=", 1)[1] for a in args if a.startswith(("--config=", "-c="))]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(
+                f"Got --config {file}, which is no file, expected a recipe. Shipped ones are in {configs_dir() / 'experiment'}."
+            )
+        content = yaml.safe_load(Path(file).read_text())
+        if not isinstance(content, dict):
+            raise UserError(f"Got {file} without settings in it, expected a YAML of option groups such as model and data.")
+        if "config" in content:
+            raise UserError(
+                f"Got a `config:` key in {file}, expected settings only: a recipe does not inherit from another. Give both on "
+                "the command line, --config first.yaml --config second.yaml; the second wins."
+            )
+
+
+def run(args: list[str] | None = None) -> LightningCLI:
+    """Parse, build and run one subcommand; raises what goes wrong (``main`` turns it into a message)."""
+    args = sys.argv[1:] if args is None else args
+    base = configs_dir() / "base.yaml"
+    _check_keys(args)
+    for pattern in (".*does not have many workers.*", ".*Consider setting `persistent_workers.*", ".*isinstance.*LeafSpec.*"):
+        warnings.filterwarnings("ignore", pattern)
+    settings = {"default_config_files": [str(base)], "parser_mode": "omegaconf+"}
+    return MeanFlowCLI(
+        MeanFlowModule,
+        LatentData,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={"callbacks": [NonFiniteGuard(), RunSummary()]},
+        save_config_callback=SaveConfigCallback,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "description": "Train, score and sample one-step generators with MeanFlow.",
+            **{name: settings for name in SUBCOMMANDS},
+        },
+        args=args,
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; a mistake of the user's ends in one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+__all__ = ["MeanFlowCLI", "configs_dir", "main", "run"]

@@ -1,0 +1,212 @@
+"""LatentDataModule: batches of latents for training, the way back to pictures for evaluation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from mf_lightning import draws
+from mf_lightning.data.loader import EvalLoader, LatentSplit, TrainLoader
+from mf_lightning.data.shards import DatasetInfo, open_split, read_info
+from mf_lightning.draws import Stream
+from mf_lightning.pixels import to_uint8
+from mf_lightning.types import Autoencoder, LatentBatch, LatentSpec, UserError
+
+
+class LatentData(LightningDataModule):
+    """What every source of latents shares; subclasses say where the rows come from.
+
+    Args:
+        info: description of the data, as ``dataset.json`` holds it.
+        autoencoder: turns latents into pictures; null trains without any evaluation that needs pictures.
+        batch_size: rows per optimizer step over all devices and accumulated batches.
+        eval_batch_size: validation rows per device.
+        val_split: split that validation reads.
+        seed: decides order, mirroring and the sampling of moments.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        autoencoder: Autoencoder | None,
+        *,
+        batch_size: int,
+        eval_batch_size: int,
+        val_split: str,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for split in ("train", val_split):
+            if split not in info.splits:
+                raise UserError(
+                    f"Got a data set with the splits {', '.join(info.splits)}, expected '{split}' among them. Set "
+                    "data.val_split to one of them, or prepare the data with that split."
+                )
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise UserError(f"Got data.{name} = {value}, expected at least 1.")
+        self.info = info
+        self.autoencoder = autoencoder
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_split = val_split
+        self.seed = seed
+        self._splits: dict[str, LatentSplit] = {}
+
+    @property
+    def latent_spec(self) -> LatentSpec:
+        """Latent shape and class count, for the network."""
+        return LatentSpec(self.info.latent_shape, len(self.info.class_names))
+
+    @abstractmethod
+    def load_split(self, name: str) -> LatentSplit:
+        """Return the rows of a split."""
+
+    def split(self, name: str) -> LatentSplit:
+        """Return the rows of a split, opened once."""
+        if name not in self._splits:
+            self._splits[name] = self.load_split(name)
+        return self._splits[name]
+
+    def setup(self, stage: str) -> None:
+        """Open the splits and compare autoencoders before anything runs."""
+        if self.autoencoder is not None and not same_autoencoder(self.autoencoder.id, self.info.autoencoder):
+            raise UserError(
+                f"Got the autoencoder {self.autoencoder.id}, expected {self.info.autoencoder}, which made these latents. "
+                "Set data.autoencoder to that one, or encode the images again."
+            )
+        if stage == "fit":
+            self.split("train")
+        self.split(self.val_split)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return this device's share of the endless training stream, from the trainer's optimizer step on."""
+        trainer = self.trainer
+        return TrainLoader(
+            self.split("train"),
+            global_batch_size=self.batch_size,
+            seed=self.seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            start_step=lambda: trainer.global_step,
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        """Return the validation split, each sample on one device."""
+        trainer = self.trainer
+        return EvalLoader(
+            self.split(self.val_split),
+            batch_size=self.eval_batch_size,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+
+    def test_dataloader(self) -> EvalLoader:
+        """Return the validation split: `test` scores generated images, the loss beside it is that of validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> list[int]:
+        """Return one empty turn: what `predict` writes is decided by its callback, not by data."""
+        return [0]
+
+    def transfer_batch_to_device(self, batch: LatentBatch, device: torch.device, dataloader_idx: int) -> LatentBatch:
+        """Move latents and labels; numbers of samples and rows stay on the CPU, where draws are decided."""
+        if not isinstance(batch, LatentBatch):
+            return batch
+        return batch._replace(x=batch.x.to(device, non_blocking=True), y=batch.y.to(device, non_blocking=True))
+
+    def on_after_batch_transfer(self, batch: LatentBatch, dataloader_idx: int) -> LatentBatch:
+        """Sample latents from moments, on the device, and scale them: stored values => network input."""
+        if not isinstance(batch, LatentBatch):
+            return batch
+        training = self.trainer.training
+        stream, rows = (Stream.MOMENTS, batch.row) if training else (Stream.VAL_MOMENTS, batch.index)
+        step = self.trainer.global_step if training else 0
+        return batch._replace(x=self.to_latents(batch.x, stream=stream, step=step, rows=rows))
+
+    def to_latents(self, stored: Tensor, *, stream: Stream, step: int, rows: Tensor) -> Tensor:
+        """Return scaled latents, (B, C, h, w) float32 (float64 of float64), of stored moments or latents.
+
+        Args:
+            stored: (B, 2C, h, w) moments, sampled as ``mean + std * normal``, or (B, C, h, w) latents.
+            stream: which draws.
+            step: optimizer step, 0 outside training.
+            rows: decides each row's draw, (B,) int64.
+        """
+        z = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        if self.info.kind == "moments":
+            mean, std = z.chunk(2, dim=1)
+            shape = mean.shape[1:]
+            z = mean + std * draws.normal(
+                self.seed, stream, step=step, rows=rows.to(z.device), shape=shape, dtype=z.dtype
+            )
+        return (z - self.info.shift) * self.info.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return uint8 pictures, (B, c, H, W), of scaled latents, (B, C, h, w).
+
+        Raises:
+            UserError: no autoencoder is configured.
+        """
+        if self.autoencoder is None:
+            raise UserError("Got no autoencoder, expected one to make pictures of latents. Set data.autoencoder.")
+        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        return to_uint8(self.autoencoder.to(latents.device).decode(latents / self.info.scale + self.info.shift))
+
+    def decoded_split(self, name: str, *, device: torch.device, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield uint8 pictures, (B, c, H, W), and sample numbers, (B,), of a whole split, in order, on every process."""
+        for batch in EvalLoader(self.split(name), batch_size=batch_size, rank=0, world_size=1):
+            latents = self.to_latents(batch.x.to(device), stream=Stream.VAL_MOMENTS, step=0, rows=batch.index)
+            yield self.decode(latents), batch.index
+
+
+def same_autoencoder(one: str, other: str) -> bool:
+    """Tell whether two ids name one autoencoder: by checksum where both have one, else by name."""
+    one_name, _, one_sum = one.partition("@")
+    other_name, _, other_sum = other.partition("@")
+    return one_sum == other_sum if one_sum and other_sum else one_name == other_name
+
+
+class LatentDataModule(LatentData):
+    """A directory of pre-encoded latents (see ``mf_lightning.data.shards`` for the format), memory-mapped.
+
+    Args:
+        path: directory with ``dataset.json``.
+        autoencoder: the one that made the latents; null trains without any evaluation that needs pictures.
+        batch_size: rows per optimizer step over all devices and accumulated batches.
+        eval_batch_size: validation rows per device.
+        val_split: split that validation reads.
+        checksums: also read every shard once at the start and compare checksums.
+        seed: decides order, mirroring and the sampling of moments.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        autoencoder: Autoencoder | None = None,
+        batch_size: int = 256,
+        eval_batch_size: int = 256,
+        val_split: str = "val",
+        checksums: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            read_info(path),
+            autoencoder,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_split=val_split,
+            seed=seed,
+        )
+        self.path = path
+        self.checksums = checksums
+
+    def load_split(self, name: str) -> LatentSplit:
+        """Return the memory-mapped rows of a split."""
+        return LatentSplit(open_split(self.path, self.info, name, checksums=self.checksums))

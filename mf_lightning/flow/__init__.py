@@ -1,0 +1,29 @@
+"""The paper: path, times, guidance, JVP, loss and sampler. Torch only; nothing here assumes pictures or a trainer."""
+
+from mf_lightning.flow.gaussian import GaussianFlow
+from mf_lightning.flow.guidance import Guidance
+from mf_lightning.flow.jvp import total_derivative
+from mf_lightning.flow.labels import DropAnyRow, DropFirstRows
+from mf_lightning.flow.meanflow import Draw, MeanFlowLoss, u_target
+from mf_lightning.flow.sampler import CountedPasses, jump, sample, time_grid
+from mf_lightning.flow.times import LogitNormal, TwoLogitNormals, Uniform
+from mf_lightning.flow.weighting import AdaptiveWeight
+
+__all__ = [
+    "AdaptiveWeight",
+    "CountedPasses",
+    "Draw",
+    "DropAnyRow",
+    "DropFirstRows",
+    "GaussianFlow",
+    "Guidance",
+    "LogitNormal",
+    "MeanFlowLoss",
+    "TwoLogitNormals",
+    "Uniform",
+    "jump",
+    "sample",
+    "time_grid",
+    "total_derivative",
+    "u_target",
+]

@@ -1,0 +1,73 @@
+"""From noise to data in a few jumps: MeanFlow section 4.2, equation 12 and algorithm 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mf_lightning.flow.path import per_row
+from mf_lightning.types import AverageVelocity, UserError
+
+
+def time_grid(num_steps: int) -> list[float]:
+    """Return the uniform grid ``1, ..., 1/2, ..., 0`` of ``num_steps`` jumps.
+
+    Raises:
+        UserError: ``num_steps`` is not a whole number of at least 1.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise UserError(f"Got num_steps = {num_steps!r}, expected a whole number of at least 1: one jump is one pass.")
+    return [1 - i / num_steps for i in range(num_steps)] + [0.0]
+
+
+def check_grid(grid: Sequence[float]) -> None:
+    """Refuse a time grid that does not fall from 1 to 0.
+
+    Raises:
+        UserError: saying what the grid must look like.
+    """
+    falls = all(later < earlier for earlier, later in zip(grid, grid[1:], strict=False))
+    if len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not falls:
+        raise UserError(f"Got the time grid {list(grid)}, expected times that fall from 1 (noise) to 0 (data).")
+
+
+def jump(net: AverageVelocity, z_t: Tensor, *, t: float, r: float, y: Tensor | None) -> Tensor:
+    """Return ``z_r = z_t - (t - r) u(z_t, r, t)`` (equation 12), (B, C, H, W), one network pass."""
+    t_rows, r_rows = (torch.full((len(z_t),), time, dtype=z_t.dtype, device=z_t.device) for time in (t, r))
+    return z_t - per_row(t_rows - r_rows, z_t) * net(z_t, t=t_rows, r=r_rows, y=y).to(z_t.dtype)
+
+
+@torch.no_grad()
+def sample(net: AverageVelocity, z_1: Tensor, *, y: Tensor | None, grid: Sequence[float]) -> Tensor:
+    """Return data of noise, by one jump between each two times of the grid (algorithm 2; n jumps are n passes).
+
+    Args:
+        net: average velocity.
+        z_1: noise, (B, C, H, W).
+        y: labels, (B,), or None.
+        grid: falling times from 1 to 0, see :func:`time_grid`.
+    """
+    check_grid(grid)
+    z = z_1
+    for t, r in zip(grid, grid[1:], strict=False):
+        z = jump(net, z, t=t, r=r, y=y)
+    return z
+
+
+class CountedPasses:
+    """A network that counts its passes, so that NFE is measured, never declared.
+
+    Args:
+        net: average velocity to wrap.
+    """
+
+    def __init__(self, net: AverageVelocity) -> None:
+        self.net = net
+        self.passes = 0
+
+    def __call__(self, z_t: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
+        """Return the network's output and count one pass (of a batch, so of each of its samples)."""
+        self.passes += 1
+        return self.net(z_t, t=t, r=r, y=y)

@@ -1,0 +1,1 @@
+"""Evaluation by torch-fidelity's extractors and formulas."""

@@ -1,0 +1,90 @@
+"""torch-fidelity's feature extractors: uint8 images => features, with the extractor's own resize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from mf_lightning.metrics import digits_cnn
+from mf_lightning.types import UserError
+
+if digits_cnn.NAME not in FEATURE_EXTRACTORS_REGISTRY:
+    register_feature_extractor(digits_cnn.NAME, digits_cnn.FeatureExtractorDigits)
+
+
+class Extractor:
+    """One of torch-fidelity's registered extractors, ready to use.
+
+    Args:
+        name: ``inception-v3-compat`` (the field's FID), ``digits-cnn`` (the quickstart's), or any registered name.
+        weights: file of weights; null takes the extractor's own, which most download on first use.
+        layer: features for FID, precision, recall and KID; null is the extractor's default (2048 for Inception).
+        class_layer: layer of class logits, for class accuracy and Inception Score; null does without.
+
+    Raises:
+        UserError: unknown name or layer, weights that are missing, unreadable or cannot be downloaded.
+    """
+
+    def __init__(
+        self, name: str, *, weights: str | None = None, layer: str | None = None, class_layer: str | None = None
+    ) -> None:
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
+            raise UserError(f"Got the feature extractor '{name}', expected one of {known}.")
+        kind = FEATURE_EXTRACTORS_REGISTRY[name]
+        self.name = name
+        self.layer = kind.get_default_feature_layer_for_metric("fid") if layer is None else layer
+        self.class_layer = class_layer
+        self.layers = list(dict.fromkeys([self.layer] if class_layer is None else [self.layer, class_layer]))
+        unknown = [layer for layer in self.layers if layer not in kind.get_provided_features_list()]
+        if unknown:
+            provided = ", ".join(kind.get_provided_features_list())
+            raise UserError(f"Got the layer '{unknown[0]}' of '{name}', expected one of {provided}.")
+        if weights is not None and not Path(weights).is_file():
+            raise UserError(f"Got the extractor weights '{weights}', which is no file, expected weights of '{name}'.")
+        self.net = self._create(weights)
+        self.device = torch.device("cpu")
+        self.dim: int = self._probe_dim()
+
+    def _create(self, weights: str | None):
+        from pickle import UnpicklingError
+        from urllib.error import URLError
+
+        try:
+            return create_feature_extractor(
+                self.name, self.layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
+            )
+        except (URLError, OSError, RuntimeError, UnpicklingError, ImportError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            where = "its default weights, which are downloaded" if weights is None else f"weights from '{weights}'"
+            raise UserError(
+                f"Got no feature extractor '{self.name}' with {where} ({reason}), expected weights to evaluate with. Give "
+                "a local file as sample_eval.extractor_weights, or turn evaluation off with sample_eval.num_samples=0."
+            ) from error
+
+    def _probe_dim(self) -> int:
+        return self.features(self.net.get_dummy_input_for_compile())[self.layer].shape[1]
+
+    def to(self, device: torch.device) -> Extractor:
+        """Move the weights and return the extractor."""
+        self.net.to(device)
+        self.device = device
+        return self
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return features by layer, each (B, D) float32, of uint8 images, (B, 1 or 3, H, W); grey is repeated to RGB.
+
+        Raises:
+            UserError: images that are not uint8 with 1 or 3 channels.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise UserError(
+                f"Got {images.dtype} images of shape {tuple(images.shape)}, expected uint8 of shape (B, 1 or 3, H, W)."
+            )
+        rgb = images.expand(-1, 3, -1, -1).to(self.device)
+        return self.net.convert_features_tuple_to_dict(self.net(rgb))

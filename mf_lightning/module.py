@@ -1,0 +1,162 @@
+"""MeanFlowModule: glue between network, loss, optimizer and Lightning. No mathematics here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from mf_lightning.flow.meanflow import MeanFlowLoss
+from mf_lightning.types import LatentBatch, LatentSpec, LossTerms, UserError
+
+CHECKPOINT_FORMAT = 1
+
+
+class MeanFlowModule(LightningModule):
+    """A network in training with the MeanFlow loss.
+
+    Args:
+        net: makes the network of the data set's latent shape and class count; ``class_path`` and ``init_args`` of, for
+            example, ``mf_lightning.nets.SiT``.
+        loss: the MeanFlow loss; ``fm_fraction: 1`` is plain flow matching.
+        optimizer: ``class_path`` and ``init_args`` of a torch optimizer.
+        lr_schedule: ``class_path`` and ``init_args`` of a scheduler that steps with the optimizer; null keeps the rate.
+        seed: of times, noise and label drop: with the optimizer step and the row it decides every draw.
+    """
+
+    def __init__(
+        self,
+        net: Callable[[LatentSpec], nn.Module],
+        loss: MeanFlowLoss,
+        optimizer: Callable[[Any], Optimizer],
+        lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.make_net = net
+        self.net: nn.Module | None = None
+        self.loss = loss
+        self.optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.seed = seed
+        self.last_terms: LossTerms | None = None
+        """Terms of the newest training batch, for guards and logs."""
+        self._loaded_steps = 0
+
+    @property
+    def trained_steps(self) -> int:
+        """Optimizer steps behind the weights, also where a checkpoint was loaded only to be scored."""
+        return max(self.global_step, self._loaded_steps)
+
+    def configure_model(self) -> None:
+        """Make the network once the data set's shape is known."""
+        if self.net is None:
+            self.net = self.make_net(self.trainer.datamodule.latent_spec)
+
+    def configure_optimizers(self) -> Any:
+        """Return the configured optimizer and, if there is one, its schedule by optimizer step."""
+        optimizer = self.optimizer([p for p in self.net.parameters() if p.requires_grad])
+        if self.lr_schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_schedule(optimizer), "interval": "step"}}
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        """Return the weighted loss of this device's rows."""
+        draw = self.loss.draw_training(
+            batch.x,
+            batch.row,
+            seed=self.seed,
+            step=self.global_step,
+            global_batch_size=self.trainer.datamodule.batch_size,
+        )
+        terms = self.last_terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null)
+        self._log_terms("train", terms, jumps=int((draw.r < draw.t).sum()))
+        return terms.loss
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        """Log the loss of the raw weights at times and noise fixed by (seed, sample)."""
+        draw = self.loss.draw_validation(batch.x, batch.index, seed=self.seed)
+        terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null)
+        self._log_terms("val", terms, jumps=int((draw.r < draw.t).sum()))
+
+    def test_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        """As validation; the images that `test` scores come from the evaluation callback."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: int, batch_idx: int) -> None:
+        """Nothing: the images that `predict` writes come from its callback."""
+
+    def _labels(self, batch: LatentBatch) -> Tensor | None:
+        return None if self.net.y_null is None else batch.y
+
+    def _log_terms(self, stage: str, terms: LossTerms, *, jumps: int) -> None:
+        rows = len(terms.raw_error)
+        how = {"batch_size": rows, "sync_dist": stage != "train"}
+        self.log(f"{stage}/loss", terms.loss.detach(), **how)
+        self.log(f"{stage}/raw_error", terms.raw_error.mean(), prog_bar=stage == "train", **how)
+        self.log(f"{stage}/velocity_error", terms.velocity_error.mean(), **how)
+        if jumps:  # mean over the rows that have a derivative
+            self.log(f"{stage}/dudt_norm", terms.dudt_norm.sum() / jumps, **{**how, "batch_size": jumps})
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says and log the norm before clipping, in one pass over the gradients."""
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        self.log("train/grad_norm", norm, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a stranger needs to read the file: its format and the network's class and settings."""
+        checkpoint["format_version"] = CHECKPOINT_FORMAT
+        checkpoint["net"] = describe_net(self.net)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another format or architecture.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        version = checkpoint.get("format_version")
+        if version != CHECKPOINT_FORMAT:
+            raise UserError(
+                f"Got a checkpoint of format version {version}, expected {CHECKPOINT_FORMAT}: it was not written by this "
+                "version of mf_lightning."
+            )
+        check_architecture(checkpoint["net"], describe_net(self.net))
+        self._loaded_steps = checkpoint["global_step"]
+
+
+def describe_net(net: nn.Module) -> dict[str, Any]:
+    """Return class and settings of a network as plain values (``config`` is the network's own account of them)."""
+    return {"class_path": f"{type(net).__module__}.{type(net).__qualname__}", "init_args": dict(net.config)}
+
+
+def check_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse weights of another network.
+
+    Raises:
+        UserError: listing the settings that differ.
+    """
+    flat_saved, flat_ours = ({"class": n["class_path"], **n["init_args"]} for n in (saved, ours))
+    keys = sorted({*flat_saved, *flat_ours})
+    differ = [k for k in keys if flat_saved.get(k) != flat_ours.get(k)]
+    if differ:
+        got = ", ".join(f"{key} = {flat_saved.get(key)}" for key in differ)
+        expected = ", ".join(f"{key} = {flat_ours.get(key)}" for key in differ)
+        raise UserError(
+            f"Got a checkpoint of another architecture ({got}), expected {expected}. Use the config.yaml beside the "
+            "checkpoint, or another checkpoint."
+        )

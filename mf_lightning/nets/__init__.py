@@ -1,0 +1,5 @@
+"""Networks: anything with the call of :class:`mf_lightning.types.AverageVelocity`."""
+
+from mf_lightning.nets.sit import SIZES, SiT
+
+__all__ = ["SIZES", "SiT"]

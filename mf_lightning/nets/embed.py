@@ -1,0 +1,60 @@
+"""Embeddings of times and labels, as in the public SiT (willisma/SiT 947f95b, after DiT), times in [0, 1] unscaled."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+FREQUENCIES = 256
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of a time, then two linear layers: (B,) => (B, D).
+
+    The sinusoids are computed in float32 at least: in bfloat16 times a hundredth apart would look the same.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        steps = torch.arange(half, dtype=dtype, device=t.device)
+        angle = t[:, None].to(dtype) * torch.exp(-math.log(10_000) * steps / half)  # (B, 128)
+        features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)  # (B, 256)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A table with one row per class and a last one, ``num_classes``, for the null label: (B,) int64 => (B, D).
+
+    It drops no labels itself: which rows lose theirs is the loss's decision (the public code does it here).
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def position_table(hidden_size: int, rows: int, columns: int) -> Tensor:
+    """Return the fixed 2-D sine-cosine table, (1, rows * columns, D) float32: first half of D the column, then the row.
+
+    Computed in float64 as MAE and DiT do (facebookresearch/DiT ed81ce2), rounded once.
+    """
+    quarter = hidden_size // 4
+    omega = 1 / 10_000 ** (np.arange(quarter, dtype=np.float64) / quarter)
+
+    def of(position: np.ndarray) -> np.ndarray:
+        angle = position.reshape(-1, 1) * omega
+        return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+    row, column = np.meshgrid(np.arange(rows, dtype=np.float64), np.arange(columns, dtype=np.float64), indexing="ij")
+    return torch.from_numpy(np.concatenate([of(column), of(row)], axis=1)).float()[None]
