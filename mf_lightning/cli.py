@@ -8,9 +8,10 @@ import warnings
 from pathlib import Path
 
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from mf_lightning.callbacks import EMA, NonFiniteGuard, RunSummary, SampleEval, SampleGrid, SampleWriter
+from mf_lightning.callbacks import EMA, SampleEval, SampleGrid, SampleWriter
 from mf_lightning.data.datamodule import LatentData
 from mf_lightning.module import MeanFlowModule
 from mf_lightning.types import UserError
@@ -85,19 +86,22 @@ def run(args: list[str] | None = None) -> LightningCLI:
     _check_keys(args)
     for pattern in (".*does not have many workers.*", ".*Consider setting `persistent_workers.*", ".*isinstance.*LeafSpec.*"):
         warnings.filterwarnings("ignore", pattern)
-    settings = {"default_config_files": [str(base)], "parser_mode": "omegaconf+"}
+    if args and args[0] in SUBCOMMANDS:  # as the first --config, so that everything given later wins
+        args = [args[0], f"--config={base}", *args[1:]]
+    # "${...}" is resolved once, after all files and options have met; relative, because a subcommand's keys lie below its name
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python.*")
     return MeanFlowCLI(
         MeanFlowModule,
         LatentData,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [NonFiniteGuard(), RunSummary()]},
         save_config_callback=SaveConfigCallback,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "description": "Train, score and sample one-step generators with MeanFlow.",
-            **{name: settings for name in SUBCOMMANDS},
+            "parser_mode": "omegaconf+",
         },
         args=args,
     )
