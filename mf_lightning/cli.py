@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import sys
 import warnings
+from argparse import _SubParsersAction
+from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from omegaconf.errors import InterpolationResolutionError
 
 from mf_lightning.callbacks import EMA, SampleEval, SampleGrid, SampleWriter
 from mf_lightning.data.datamodule import LatentData
@@ -35,6 +41,25 @@ def configs_dir() -> Path:
     )
 
 
+class MeanFlowParser(LightningArgumentParser):
+    """A parser whose errors are a line or two: jsonargparse prints two screens of usage above each."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong, the nearest known option, and where help is; exit with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        got = re.search(r"does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message)
+        near = difflib.get_close_matches(got[1] or got[2], self._known_options(), n=1) if got else []
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        print(f"error: {message}{hint}\nAll options: {Path(sys.argv[0]).name} fit --help", file=sys.stderr)
+        sys.exit(2)
+
+    def _known_options(self) -> list[str]:
+        subcommands = [a for a in self._actions if isinstance(a, _SubParsersAction)]
+        parsers = [self, *(p for action in subcommands for p in action.choices.values())]
+        return sorted({option.lstrip("-") for parser in parsers for option in parser._option_string_actions})
+
+
 class MeanFlowCLI(LightningCLI):
     """LightningCLI with this project's callbacks as groups of options (``--ema.decays``, ``--sample_eval.nfe``, ...).
 
@@ -49,6 +74,15 @@ class MeanFlowCLI(LightningCLI):
         parser.add_lightning_class_args(SampleGrid, "sample_grid")
         parser.add_lightning_class_args(SampleWriter, "sample_writer")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint: Lightning would let them win over the command line, silently."""
+
+    def before_instantiate_classes(self) -> None:
+        """Give `validate`, `test` and `predict` a metrics file of their own."""
+        for logger in self._get(self.config, "trainer.logger") or []:
+            if self.subcommand != "fit" and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
+                logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
+
     def before_fit(self) -> None:
         """Refuse to write a new run into an old one's folder."""
         root = Path(self.trainer.default_root_dir)
@@ -62,7 +96,7 @@ class MeanFlowCLI(LightningCLI):
 
 def _check_keys(args: list[str]) -> None:
     """Refuse a ``config:`` key inside a YAML: it looks like inheritance, and would not be."""
-    files = [b for a, b in zip(args, args[1:], strict=False) if a in ("--config", "-c")]
+    files = [b for a, b in pairwise(args) if a in ("--config", "-c")]
     files += [a.split("=", 1)[1] for a in args if a.startswith(("--config=", "-c="))]
     for file in files:
         if not Path(file).is_file():
@@ -84,7 +118,13 @@ def run(args: list[str] | None = None) -> LightningCLI:
     args = sys.argv[1:] if args is None else args
     base = configs_dir() / "base.yaml"
     _check_keys(args)
-    for pattern in (".*does not have many workers.*", ".*Consider setting `persistent_workers.*", ".*isinstance.*LeafSpec.*"):
+    for pattern in (
+        ".*torch.jit.*deprecated.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*does not have many workers.*",
+        ".*Consider setting `persistent_workers.*",
+        ".*isinstance.*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", pattern)
     if args and args[0] in SUBCOMMANDS:  # as the first --config, so that everything given later wins
         args = [args[0], f"--config={base}", *args[1:]]
@@ -96,6 +136,7 @@ def run(args: list[str] | None = None) -> LightningCLI:
         LatentData,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        parser_class=MeanFlowParser,
         seed_everything_default=0,
         save_config_callback=SaveConfigCallback,
         save_config_kwargs={"overwrite": True},
@@ -112,9 +153,26 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except InterpolationResolutionError as error:
+        print(
+            f"error: Got a setting that could not be resolved: {str(error).splitlines()[0]}, expected every ${{...}} of "
+            "the config to exist. Set the environment variable, or give the setting itself.",
+            file=sys.stderr,
+        )
         sys.exit(2)
+    except ValueError as error:
+        found = _user_error(error)
+        if found is None:
+            raise
+        print(f"error: {found}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """Return the user's mistake behind an error: jsonargparse wraps what a class raises when it is made."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 __all__ = ["MeanFlowCLI", "configs_dir", "main", "run"]

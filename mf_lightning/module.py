@@ -78,15 +78,15 @@ class MeanFlowModule(LightningModule):
         self._log_terms("train", terms, jumps=int((draw.r < draw.t).sum()))
         return terms.loss
 
-    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: LatentBatch, batch_idx: int, stage: str = "val") -> None:
         """Log the loss of the raw weights at times and noise fixed by (seed, sample)."""
         draw = self.loss.draw_validation(batch.x, batch.index, seed=self.seed)
         terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null)
-        self._log_terms("val", terms, jumps=int((draw.r < draw.t).sum()))
+        self._log_terms(stage, terms, jumps=int((draw.r < draw.t).sum()))
 
     def test_step(self, batch: LatentBatch, batch_idx: int) -> None:
         """As validation; the images that `test` scores come from the evaluation callback."""
-        self.validation_step(batch, batch_idx)
+        self.validation_step(batch, batch_idx, stage="test")
 
     def predict_step(self, batch: int, batch_idx: int) -> None:
         """Nothing: the images that `predict` writes come from its callback."""

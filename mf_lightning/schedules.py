@@ -45,6 +45,4 @@ class WarmupLinearDecay(LambdaLR):
                 f"Got warmup_steps = {warmup_steps}, total_steps = {total_steps}, expected 0 <= warmup_steps < total_steps."
             )
         falling = total_steps - warmup_steps
-        super().__init__(
-            optimizer, lambda step: _rise(step, warmup_steps) * max(0.0, min(1.0, (total_steps - step) / falling))
-        )
+        super().__init__(optimizer, lambda step: _rise(step, warmup_steps) * max(0.0, min(1.0, (total_steps - step) / falling)))

@@ -53,7 +53,11 @@ def test_initial_values():
         for layer in (embedder.mlp[0], embedder.mlp[2]):
             assert abs(layer.weight.std().item() - 0.02) < 0.002
             assert (layer.bias == 0).all()
-    for module in (*(b.adaLN_modulation[1] for b in net.blocks), net.final_layer.adaLN_modulation[1], net.final_layer.linear):
+    for module in (
+        *(b.adaLN_modulation[1] for b in net.blocks),
+        net.final_layer.adaLN_modulation[1],
+        net.final_layer.linear,
+    ):
         assert (module.weight == 0).all()
         assert (module.bias == 0).all()
     assert net.blocks[0].attn.qkv.weight.std() > 0.05

@@ -1,6 +1,7 @@
 """What happens around the training loop."""
 
 from mf_lightning.callbacks.checkpoint import AtomicCheckpointIO
+from mf_lightning.callbacks.csv_log import MetricsCSV
 from mf_lightning.callbacks.ema import EMA
 from mf_lightning.callbacks.guards import NonFiniteGuard
 from mf_lightning.callbacks.run_summary import RunSummary
@@ -10,6 +11,7 @@ from mf_lightning.callbacks.sample_grid import SampleGrid, SampleWriter
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "MetricsCSV",
     "NonFiniteGuard",
     "RunSummary",
     "SampleEval",

@@ -41,11 +41,14 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start every average at the weights, or where the checkpoint left it."""
-        self._seen_step = trainer.global_step
         for decay in self.decays:
             if decay not in self.weights:
                 self.weights[decay] = {name: self._home(p.detach().clone()) for name, p in _parameters(pl_module)}
         self._to_device(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the optimizer step, which a resumed trainer knows only now."""
+        self._seen_step = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring loaded averages to the device."""

@@ -49,7 +49,9 @@ def find_ema(trainer: Trainer) -> EMA:
     """Return the trainer's EMA callback; there is always one from the command line, perhaps with no averages."""
     found = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]
     if not found:
-        raise UserError("Got a trainer without the EMA callback, expected one. Add mf_lightning.callbacks.EMA to its callbacks.")
+        raise UserError(
+            "Got a trainer without the EMA callback, expected one. Add mf_lightning.callbacks.EMA to its callbacks."
+        )
     return found[0]
 
 

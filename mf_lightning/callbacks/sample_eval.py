@@ -102,6 +102,17 @@ class SampleEval(Callback):
 
     on_validation_start = on_test_start = on_fit_start
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop lines of a run that was cut off behind the checkpoint it now resumes from."""
+        file = Path(trainer.default_root_dir) / RESULTS_FILE
+        if trainer.is_global_zero and file.exists():
+            lines = file.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
+            if kept != lines:
+                aside = file.with_name(f".{file.name}.tmp")
+                aside.write_text("".join(kept))
+                aside.replace(file)
+
     def _computed_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
         """Decode the training split once, on the first process, and keep the statistics beside the run."""
         data = trainer.datamodule
@@ -142,9 +153,7 @@ class SampleEval(Callback):
                 if trainer.is_global_zero:
                     _append_line(Path(trainer.default_root_dir) / RESULTS_FILE, row)
 
-    def _evaluate(
-        self, trainer: Trainer, pl_module: LightningModule, num_steps: int, ema: float | None
-    ) -> dict[str, Any]:
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, num_steps: int, ema: float | None) -> dict[str, Any]:
         quality = SampleQuality(self.extractor, self.reference).to(pl_module.device)
         mine = torch.arange(trainer.global_rank, self.num_samples, trainer.world_size)
         watch = Stopwatch(pl_module.device)

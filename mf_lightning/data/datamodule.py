@@ -142,9 +142,7 @@ class LatentData(LightningDataModule):
         if self.info.kind == "moments":
             mean, std = z.chunk(2, dim=1)
             shape = mean.shape[1:]
-            z = mean + std * draws.normal(
-                self.seed, stream, step=step, rows=rows.to(z.device), shape=shape, dtype=z.dtype
-            )
+            z = mean + std * draws.normal(self.seed, stream, step=step, rows=rows.to(z.device), shape=shape, dtype=z.dtype)
         return (z - self.info.shift) * self.info.scale
 
     @torch.no_grad()

@@ -260,7 +260,13 @@ def write_aside(file: Path, content: bytes) -> None:
 
 
 def write_shard(
-    path: str | Path, split: str, number: int, *, latents: np.ndarray, labels: np.ndarray, flipped: np.ndarray | None = None
+    path: str | Path,
+    split: str,
+    number: int,
+    *,
+    latents: np.ndarray,
+    labels: np.ndarray,
+    flipped: np.ndarray | None = None,
 ) -> ShardInfo:
     """Write one shard and return its entry for ``dataset.json``.
 

@@ -80,9 +80,7 @@ class SevenSegmentDataModule(LatentData):
             class_names=tuple("0123456789"),
             splits={name: (ShardInfo("memory", size, {}),) for name, (_, size) in self.sizes.items()},
         )
-        super().__init__(
-            info, autoencoder, batch_size=batch_size, eval_batch_size=eval_batch_size, val_split="val", seed=seed
-        )
+        super().__init__(info, autoencoder, batch_size=batch_size, eval_batch_size=eval_batch_size, val_split="val", seed=seed)
 
     def load_split(self, name: str) -> LatentSplit:
         """Draw the pictures of a split."""

@@ -9,9 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mf_lightning.types import AverageVelocity
 
 
-def total_derivative(
-    net: AverageVelocity, z_t: Tensor, v_g: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None
-) -> Tensor:
+def total_derivative(net: AverageVelocity, z_t: Tensor, v_g: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
     """Return ``du/dt = v_g . d_z u + d_t u``: the JVP of u along ``(dz, dr, dt) = (v_g, 0, 1)`` (equation 8).
 
     No graph is kept: the target carries no gradient. Fused attention has no forward derivative, so inside this call

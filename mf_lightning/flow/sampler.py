@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def check_grid(grid: Sequence[float]) -> None:
     Raises:
         UserError: saying what the grid must look like.
     """
-    falls = all(later < earlier for earlier, later in zip(grid, grid[1:], strict=False))
+    falls = all(later < earlier for earlier, later in pairwise(grid))
     if len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not falls:
         raise UserError(f"Got the time grid {list(grid)}, expected times that fall from 1 (noise) to 0 (data).")
 
@@ -51,7 +52,7 @@ def sample(net: AverageVelocity, z_1: Tensor, *, y: Tensor | None, grid: Sequenc
     """
     check_grid(grid)
     z = z_1
-    for t, r in zip(grid, grid[1:], strict=False):
+    for t, r in pairwise(grid):
         z = jump(net, z, t=t, r=r, y=y)
     return z
 

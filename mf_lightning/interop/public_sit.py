@@ -54,8 +54,8 @@ def without_learned_sigma(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if len(weight) != 2 * pixels * channels:
         raise UserError(
             f"Got a last layer of {len(weight)} rows, expected {pixels * channels} (p p C), or {2 * pixels * channels} "
-            f"with learned variances, for patches of {patch_size} x {patch_size} with {channels} channels. Check that the "
-            "file holds one network's parameters."
+            f"with learned variances, for patches of {patch_size} x {patch_size} with {channels} channels. Check that "
+            "the file holds one network's parameters."
         )
     kept = {
         "final_layer.linear.weight": weight.reshape(pixels, 2 * channels, -1)[:, :channels].flatten(0, 1),
@@ -71,7 +71,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 def _expect(state: Mapping[str, Tensor], name: str, source: str) -> Tensor:
     if name not in state:
         raise UserError(
-            f"Got a state dict without '{name}' ({len(state)} arrays), expected the parameters of {source}. Check which "
-            "repository the file is from, and that it is the model's own state dict."
+            f"Got a state dict without '{name}' ({len(state)} arrays), expected the parameters of {source}. Check "
+            "which repository the file is from, and that it is the model's own state dict."
         )
     return state[name]

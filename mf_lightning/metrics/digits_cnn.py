@@ -16,12 +16,13 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from mf_lightning.assets import asset
 
 NAME = "digits-cnn"
-FEATURE_DIM = 64
+CHANNELS = 96
+HIDDEN = 64
 IMAGE_SIZE = 32
 
 
 class DigitsCNN(nn.Module):
-    """Three convolutions and a linear layer: grey digits => 64 features and 10 class logits."""
+    """Three convolutions and two linear layers: grey digits => pooled features and class logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,17 +30,19 @@ class DigitsCNN(nn.Module):
         def stage(c_in: int, c_out: int) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
 
-        self.stages = nn.ModuleList([stage(1, 24), stage(24, 48), stage(48, 96)])
-        self.features = nn.Linear(96 * 4 * 4, FEATURE_DIM)
-        self.classes = nn.Linear(FEATURE_DIM, 10)
+        self.stages = nn.ModuleList([stage(1, 24), stage(24, 48), stage(48, CHANNELS)])
+        self.features = nn.Linear(CHANNELS * 4 * 4, HIDDEN)
+        self.classes = nn.Linear(HIDDEN, 10)
 
     def forward(self, grey: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features, (B, 64), and logits, (B, 10), of grey images in [0, 1], (B, 1, 32, 32)."""
+        """Return features, (B, 96), and logits, (B, 10), of grey images in [0, 1], (B, 1, 32, 32).
+
+        The features are the last convolution averaged over the picture, as FID's Inception features are.
+        """
         x = grey
         for stage in self.stages:
             x = F.max_pool2d(stage(x), 2)  # 32 -> 16 -> 8 -> 4
-        features = torch.tanh(self.features(x.flatten(1)))
-        return features, self.classes(features)
+        return x.mean(dim=(2, 3)), self.classes(torch.tanh(self.features(x.flatten(1))))
 
 
 class FeatureExtractorDigits(FeatureExtractorBase):
@@ -55,11 +58,11 @@ class FeatureExtractorDigits(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        return str(FEATURE_DIM), "logits"
+        return str(CHANNELS), "logits"
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"isc": "logits", "fid": str(FEATURE_DIM), "kid": str(FEATURE_DIM), "prc": str(FEATURE_DIM)}[metric]
+        return "logits" if metric == "isc" else str(CHANNELS)
 
     @staticmethod
     def can_be_compiled() -> bool:
@@ -78,5 +81,5 @@ class FeatureExtractorDigits(FeatureExtractorBase):
             )
         grey = input.to(self.cnn.classes.weight.dtype).mean(1, keepdim=True) / 255
         features, logits = self.cnn(grey)
-        found = {str(FEATURE_DIM): features, "logits": logits}
+        found = {str(CHANNELS): features, "logits": logits}
         return tuple(found[name] for name in self.features_list)

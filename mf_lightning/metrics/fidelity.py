@@ -46,7 +46,7 @@ def kid(features: Tensor, reference: Tensor, *, subset_size: int = KID_SUBSET_SI
 
 def inception_score(logits: Tensor) -> float:
     """Return the mean Inception Score over ten shuffled splits of class logits, (N, K)."""
-    found = isc_features_to_metric(logits, isc_splits=10, samples_shuffle=True, rng_seed=RNG_SEED, verbose=False)
+    found = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=RNG_SEED)
     return found["inception_score_mean"]
 
 

@@ -124,9 +124,7 @@ class SiT(nn.Module):
             self.add_module(f"{time}_embedder", TimeEmbedder(hidden_size))
         self.y_embedder = LabelEmbedder(self.num_classes, hidden_size) if self.num_classes else None
         self.register_buffer("pos_embed", torch.empty(1, self.grid[0] * self.grid[1], hidden_size))
-        self.blocks = nn.ModuleList(
-            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
         self.initialize_weights()
 
@@ -178,8 +176,9 @@ class SiT(nn.Module):
         c = sum(self.get_submodule(f"{time}_embedder")(value[time]) for time in self.times)
         if self.y_embedder is not None:
             if y is None:
-                raise UserError(f"Got no labels, expected (B,) int64 in [0, {self.num_classes}]: {self.num_classes} is "
-                                 "the null label.")
+                raise UserError(
+                    f"Got no labels, expected (B,) int64 in [0, {self.num_classes}]: {self.num_classes} is the null label."
+                )
             c = c + self.y_embedder(y)
         return c
 

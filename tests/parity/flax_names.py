@@ -14,13 +14,13 @@ def torch_name(path: str) -> str:
     """Return our name of a flax path, for example ``net/blocks/layers_0/attn/qkv/_flax_linear/kernel``."""
     *parts, leaf = path.removeprefix("params/").removeprefix("net/").split("/")
     if leaf not in LEAVES:
-        raise ValueError(f"Got the flax path '{path}', expected it to end in {', '.join(LEAVES)}. Extend flax_names.py.")
-    parts = [re.sub(r"^layers_(\d+)$", r"\1", part) for part in parts if part not in ("_flax_linear", "_flax_embedding")]
-    return ".".join([*parts, LEAVES[leaf]])
+        raise ValueError(f"Got the flax path '{path}', expected one ending in {', '.join(LEAVES)}. Add its leaf here.")
+    kept = [re.sub(r"^layers_(\d+)$", r"\1", part) for part in parts if not part.startswith("_flax_")]
+    return ".".join([*kept, LEAVES[leaf]])
 
 
 def torch_layout(path: str, value: Tensor) -> Tensor:
-    """Return the array with its axes in our order: linear (in, out) => (out, in), patches (p, p, C, D) => (D, C, p, p)."""
+    """Return the array in our order of axes: linear (in, out) => (out, in), patches (p, p, C, D) => (D, C, p, p)."""
     if not path.endswith("/kernel"):
         return value
     return value.permute(3, 2, 0, 1) if value.dim() == 4 else value.T

@@ -26,7 +26,7 @@ CONVERTERS: dict[str, Convert] = {
 
 
 def build(state: Mapping[str, Tensor], *, num_heads: int, attention: str = "fused") -> SiT:
-    """Return our network with these parameters, loaded strictly; all sizes but the number of heads show in the shapes."""
+    """Return our network with these parameters, loaded strictly; the shapes show all sizes but the number of heads."""
     hidden_size, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1]) * patch_size
     num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
@@ -87,7 +87,7 @@ def _check_settings(checks: Checks, net: SiT) -> None:
     """Compare the sizes that the shapes give with those that the file states."""
     channels, side, _ = net.config["latent_shape"]
     sizes = {"input_size": side, "in_channels": channels, "B": len(checks.oracle["x"])}
-    sizes |= {key: net.config[key] for key in ("patch_size", "hidden_size", "depth", "num_heads", "num_classes")}
+    sizes |= {key: net.config[key] for key in ("patch_size", "hidden_size", "depth", "num_classes")}
     for key, value in sizes.items():
         checks.same(f"cfg/{key}", value)
 

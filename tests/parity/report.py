@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,16 @@ BOUND = 1e-5
 Value = Tensor | np.ndarray | float | Callable[[], "Tensor | np.ndarray | float"]
 """What we compute; as a function, so that its failure costs one row and not the whole file."""
 
+Gradients = Mapping[str, Tensor]
+"""Arrays by parameter name."""
+
 
 class MissingArray(LookupError):
     """A file lacks an array that a check needs."""
+
+
+class Unreadable(LookupError):
+    """A file is no .npz of plain numbers."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Row:
     quantity: str
     status: str
     error: float | None
-    """Largest difference, relative unless the note says otherwise; NaN never passes; None where nothing was compared."""
+    """Largest difference, relative unless the note says otherwise; NaN never passes; None if nothing was compared."""
     bound: float | None
     note: str = ""
 
@@ -45,6 +54,17 @@ def difference(got: Tensor, expected: Tensor) -> float:
     return largest / scale if scale > 0 else largest
 
 
+def measure(got: Tensor | np.ndarray | float, expected: Tensor) -> tuple[float, str]:
+    """Return the difference and, where it is NaN or infinite, why."""
+    got = got if isinstance(got, Tensor) else torch.from_numpy(np.asarray(got))
+    if got.shape != expected.shape:
+        return math.nan, f"got shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if not expected.numel():
+        return math.nan, "the stored array is empty"
+    error = difference(got, expected)
+    return error, "" if math.isfinite(error) else "not a number, or infinite"
+
+
 class Oracle:
     """The arrays of one .npz file, which remembers what was read.
 
@@ -53,8 +73,11 @@ class Oracle:
     """
 
     def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            self.arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.arrays = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise Unreadable(f"got {path.name} unreadable ({error}), expected an .npz; copy it again") from error
         self.name = path.name
         self.unread = set(self.arrays)
 
@@ -98,7 +121,7 @@ class Checks:
         self.add(quantity, OK if error <= bound else FAIL, error, bound, note)
 
     def close(self, key: str, got: Value, *, name: str = "", bound: float = BOUND, note: str = "") -> None:
-        """Compare with a stored array; it FAILs if the array is missing, of another shape, or our side cannot be run."""
+        """Compare with a stored array; FAIL if it is missing or of another shape, or if our side cannot be run."""
         name = name or key
         error, problem = self._measure(got, key)
         self.judge(name, error, bound, problem or note)
@@ -112,22 +135,29 @@ class Checks:
         error, problem = self._measure(got, key)
         self.add(name or key, FAIL if math.isnan(error) else DEVIATES, error, None, problem or note)
 
-    def gradients(
-        self, name: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, note: str = "", judged: bool = True
-    ) -> None:
-        """Add one row for all parameters, each measured against its own largest value; the worst one is named."""
-        apart = sorted(got.keys() ^ expected.keys())
+    def gradients(self, name: str, got: Gradients, expected: Callable[[], Gradients], *, deviates: str = "") -> None:
+        """Add one row for all parameters, each measured against its own largest value; the worst one is named.
+
+        Args:
+            name: quantity.
+            got: ours, by parameter.
+            expected: gives the stored ones; missing ones FAIL.
+            deviates: why they differ on purpose; empty if they must not.
+        """
+        try:
+            stored = expected()
+        except (MissingArray, ValueError) as error:
+            return self.judge(name, math.nan, BOUND, str(error))
+        apart = sorted(got.keys() ^ stored.keys())
         if apart:
-            return self.add(name, FAIL, math.nan, BOUND, f"parameters on one side only: {', '.join(apart)}")
-        errors = {key: self._measure_pair(got[key], expected[key])[0] for key in expected}
-        worst = max(errors, key=lambda key: math.inf if math.isnan(errors[key]) else errors[key])
-        failed = sum(not error <= BOUND for error in errors.values())
-        name = f"{name} (worst: {worst})"
-        if not judged:
-            status = FAIL if math.isnan(errors[worst]) else DEVIATES
-            return self.add(name, status, errors[worst], None, note)
-        note = note or (f"{failed} of {len(errors)} parameters" if failed else f"{len(errors)} parameters")
-        return self.judge(name, errors[worst], BOUND, note)
+            return self.judge(name, math.nan, BOUND, f"parameters on one side only: {', '.join(apart)}")
+        found = {key: measure(got[key], value) for key, value in stored.items()}
+        worst = max(found, key=lambda key: math.inf if math.isnan(found[key][0]) else found[key][0])
+        error, problem = found[worst]
+        name, failed = f"{name} (worst: {worst})", sum(not error <= BOUND for error, _ in found.values())
+        if deviates and not math.isnan(error):
+            return self.add(name, DEVIATES, error, None, deviates)
+        return self.judge(name, error, BOUND, problem or f"{len(found) - failed} of {len(found)} parameters agree")
 
     def _measure(self, got: Value, key: str) -> tuple[float, str]:
         """Return the error, NaN if there is none, and what went wrong."""
@@ -138,14 +168,4 @@ class Checks:
             return math.nan, str(error)
         except Exception as error:  # whatever our side raises is a finding about our side: show it, go on
             return math.nan, f"{type(error).__name__}: {error}"
-        return self._measure_pair(got, expected)
-
-    @staticmethod
-    def _measure_pair(got: Tensor | np.ndarray | float, expected: Tensor) -> tuple[float, str]:
-        got = torch.as_tensor(got)
-        if got.shape != expected.shape:
-            return math.nan, f"got shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-        if not expected.numel():
-            return math.nan, "the stored array is empty"
-        error = difference(got, expected)
-        return error, "" if math.isfinite(error) else "not a number, or infinite"
+        return measure(got, expected)
