@@ -80,14 +80,15 @@ class MeanFlowCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Give `validate`, `test` and `predict` a metrics file of their own."""
         for logger in self._get(self.config, "trainer.logger") or []:
-            if self.subcommand != "fit" and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
+            if self.subcommand not in (None, "fit") and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
                 logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
 
     def before_fit(self) -> None:
         """Refuse to write a new run into an old one's folder."""
         root = Path(self.trainer.default_root_dir)
         if self._get(self.config_init, "ckpt_path") is None and (root / "checkpoints" / "last.ckpt").exists():
-            command = " ".join(["python", *sys.argv])
+            here, python = Path.cwd(), Path(sys.executable)
+            command = " ".join([str(python.relative_to(here) if python.is_relative_to(here) else "python"), *sys.argv])
             raise UserError(
                 f"Got a folder that already holds a run: {root}. Resume it: {command} --ckpt_path=last   "
                 f"Start anew: remove the folder (rm -r {root}), or give another --trainer.default_root_dir."
@@ -113,11 +114,29 @@ def _check_keys(args: list[str]) -> None:
             )
 
 
-def run(args: list[str] | None = None) -> LightningCLI:
+def load(args: list[str]) -> MeanFlowCLI:
+    """Return model, data module and trainer of a recipe without running them, for tests and notebooks.
+
+    Args:
+        args: options without a subcommand, for example ``["--config", "configs/experiment/smoke.yaml"]``.
+
+    Returns:
+        An object with ``model``, ``datamodule`` and ``trainer``; ``trainer.fit(model, datamodule)`` does what `fit` does.
+    """
+    return _command_line([f"--config={configs_dir() / 'base.yaml'}", *args], given=args, subcommands=False)
+
+
+def run(args: list[str] | None = None) -> MeanFlowCLI:
     """Parse, build and run one subcommand; raises what goes wrong (``main`` turns it into a message)."""
     args = sys.argv[1:] if args is None else args
     base = configs_dir() / "base.yaml"
-    _check_keys(args)
+    if args and args[0] in SUBCOMMANDS:  # as the first --config, so that everything given later wins
+        return _command_line([args[0], f"--config={base}", *args[1:]], given=args, subcommands=True)
+    return _command_line(args, given=args, subcommands=True)
+
+
+def _command_line(args: list[str], *, given: list[str], subcommands: bool) -> MeanFlowCLI:
+    _check_keys(given)
     for pattern in (
         ".*torch.jit.*deprecated.*",
         ".*Checkpoint directory .* exists and is not empty.*",
@@ -126,8 +145,6 @@ def run(args: list[str] | None = None) -> LightningCLI:
         ".*isinstance.*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", pattern)
-    if args and args[0] in SUBCOMMANDS:  # as the first --config, so that everything given later wins
-        args = [args[0], f"--config={base}", *args[1:]]
     # "${...}" is resolved once, after all files and options have met; relative, because a subcommand's keys lie below its name
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python.*")
@@ -145,6 +162,7 @@ def run(args: list[str] | None = None) -> LightningCLI:
             "parser_mode": "omegaconf+",
         },
         args=args,
+        run=subcommands,
     )
 
 
@@ -175,4 +193,4 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
-__all__ = ["MeanFlowCLI", "configs_dir", "main", "run"]
+__all__ = ["MeanFlowCLI", "configs_dir", "load", "main", "run"]

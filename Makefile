@@ -1,0 +1,44 @@
+# Everything a new user or a CI machine runs. `make help` lists it; each target also stands in README.md as plain lines.
+PYTHON ?= python3
+BIN := .venv/bin
+DIGITS := datasets/digits
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: .venv/.quickstart $(DIGITS)/dataset.json ## install, prepare the digits, train: 1- and 2-step samples in minutes
+	$(BIN)/python lightning_cli.py fit --config configs/experiment/quickstart.yaml
+
+test: .venv/.dev ## install with the dev extra and run every test not marked slow
+	$(BIN)/python -m pytest
+
+test-all: .venv/.dev ## the slow tests too: the whole quickstart, two processes, a built wheel
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-slow-share: .venv/.dev
+	$(BIN)/python -m pytest -m slow -k "not quickstart"
+
+lint: .venv/.dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove the virtual environment (data and runs stay)
+	rm -rf .venv
+
+$(DIGITS)/dataset.json: | .venv/.quickstart
+	$(BIN)/python -m mf_lightning prepare-digits $(DIGITS)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/.quickstart: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[quickstart]'
+	@touch $@
+
+.venv/.dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@

@@ -1,0 +1,86 @@
+"""Every fenced command of the documentation is parsed or run."""
+
+import re
+import shlex
+
+import pytest
+
+from mf_lightning.cli import main
+from tests.runs import ROOT, command_line, python
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return [b for path in DOCUMENTS for b in re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)]
+
+
+COMMANDS = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+TRAINING = [c for c in COMMANDS if "lightning_cli.py" in c]
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 15
+    assert len(TRAINING) >= 6
+
+
+def test_every_make_target_exists():
+    targets = [c.split()[1] for c in COMMANDS if c.startswith("make ")]
+    assert {"quickstart", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
+
+
+def test_plain_lines_are_what_make_runs():
+    """The README's pip and python lines stand in the Makefile's recipes."""
+    recipes = MAKEFILE.replace("$(BIN)", ".venv/bin").replace("$(DIGITS)", "datasets/digits").replace(" --quiet", "")
+    for command in COMMANDS:
+        if command.startswith(".venv/bin"):
+            assert command.replace(" -m pytest -m", " -m pytest -m") in recipes, command
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training_commands_parse(command, tmp_path, capsys):
+    arguments = shlex.split(command)
+    arguments = arguments[arguments.index(next(a for a in arguments if a.endswith("lightning_cli.py"))) + 1 :]
+    arguments = [a.replace("runs/quickstart/config.yaml", "configs/experiment/quickstart.yaml") for a in arguments]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *([] if "--help" in arguments else ["--print_config"])])
+    assert stop.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m mf_lightning" in c])
+def test_other_commands_exist(command):
+    result = python("-m", "mf_lightning", shlex.split(command)[3], "--help")
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_python_blocks_run(code, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "block.py").write_text(code)
+    result = python("block.py", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    if "write_info" in code:
+        assert "512 samples" in python("-m", "mf_lightning", "verify", "datasets/mine", cwd=tmp_path).stdout
+
+
+def test_files_named_in_documents_exist():
+    for path in DOCUMENTS:
+        for name in re.findall(r"`((?:mf_lightning|configs|tests|scripts|docs)/[\w./]+\.\w+)`", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+        for name in re.findall(r"\]\((docs/[\w.]+)\)", path.read_text()):
+            assert (ROOT / name).exists(), f"{path.name} links {name}"
+
+
+def test_readme_lists_every_recipe():
+    text = (ROOT / "README.md").read_text()
+    for recipe in (ROOT / "configs" / "experiment").glob("*.yaml"):
+        assert f"`{recipe.name}`" in text
+
+
+def test_the_error_of_an_unknown_subcommand_is_short():
+    result = command_line("train")
+    assert result.returncode == 2
+    assert len(result.stderr) < 1500

@@ -1,0 +1,86 @@
+"""What must not be lost: checkpoints on a full disk, weights at a NaN."""
+
+import resource
+
+import pytest
+import torch
+
+from mf_lightning.callbacks import AtomicCheckpointIO, NonFiniteGuard
+from mf_lightning.types import UserError
+from tests.runs import RECIPES, error_of, python
+
+SMOKE = ("--config", RECIPES / "smoke.yaml")
+
+NAN_AT_STEP_12 = """
+import sys, torch
+from lightning import Callback
+from mf_lightning import cli
+
+class Spoil(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 12:
+            batch.x[3] = float("nan")
+
+add = cli.MeanFlowCLI.add_arguments_to_parser
+cli.MeanFlowCLI.add_arguments_to_parser = lambda self, parser: (add(self, parser), parser.add_lightning_class_args(Spoil, "spoil"))
+cli.main(sys.argv[1:])
+"""
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    root = tmp_path / "run"
+    message = error_of(
+        python(
+            "-c", NAN_AT_STEP_12, "fit", *SMOKE, f"--trainer.default_root_dir={root}", "--trainer.val_check_interval=10",
+            "--sample_eval.num_samples=0", "--sample_grid.rows=0",
+            '--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: '
+            f'{{dirpath: {root}/checkpoints, filename: last, save_on_train_epoch_end: false}}}}, '
+            '{class_path: mf_lightning.callbacks.NonFiniteGuard}]',
+        )  # fmt: skip
+    )
+    last = root / "checkpoints" / "last.ckpt"
+    assert "step 12" in message
+    assert "rows [3]" in message
+    assert str(last) in message
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] == 10
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+
+
+def test_guard_lets_finite_losses_pass():
+    NonFiniteGuard().on_before_backward(None, None, torch.tensor(1.0))
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
+    """A file-size limit makes the write fail in the middle, as a full disk does."""
+    import signal
+
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"global_step": 1, "x": torch.ones(10)}, path)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"Got no checkpoint written .* is still whole"):
+            io.save_checkpoint({"global_step": 2, "x": torch.ones(1_000_000)}, path)
+        with pytest.raises(UserError, match="Nothing was written"):
+            io.save_checkpoint({"global_step": 2, "x": torch.ones(1_000_000)}, tmp_path / "other.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert io.load_checkpoint(path)["global_step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "made"), "w"))
+
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"x": Evil()}))
+    torch.save({"x": Evil()}, tmp_path / "evil2.ckpt")
+    for name in ("evil.ckpt", "evil2.ckpt"):
+        with pytest.raises(UserError, match="cannot be read"):
+            AtomicCheckpointIO().load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "made").exists()
