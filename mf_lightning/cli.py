@@ -86,7 +86,11 @@ class MeanFlowCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse to write a new run into an old one's folder."""
         root = Path(self.trainer.default_root_dir)
-        if self._get(self.config_init, "ckpt_path") is None and (root / "checkpoints" / "last.ckpt").exists():
+        last = root / "checkpoints" / "last.ckpt"
+        asked = self._get(self.config_init, "ckpt_path")
+        if asked == "last" and not last.exists():
+            raise UserError(f"Got --ckpt_path=last without {last}, expected a run to resume. Leave the option out to start one.")
+        if asked is None and last.exists():
             here, python = Path.cwd(), Path(sys.executable)
             command = " ".join([str(python.relative_to(here) if python.is_relative_to(here) else "python"), *sys.argv])
             raise UserError(

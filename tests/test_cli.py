@@ -166,6 +166,23 @@ def test_resume_is_bitwise(tmp_path):
     assert [step for step, _ in rows[0]] == ["9", "19", "29"]
 
 
+def test_nothing_to_resume_is_said(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *map(str, SMOKE), f"--trainer.default_root_dir={tmp_path}", "--ckpt_path=last"])
+    assert "expected a run to resume" in capsys.readouterr().err
+
+
+def test_other_counts_of_steps_need_no_other_settings(tmp_path):
+    """Only asked-for NFEs are scored and kept as best; evaluation may be off altogether."""
+    short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    for name, extra in (("three", ["--sample_eval.nfe=[3]", "--sample_eval.num_samples=20"]), ("off", ["--sample_eval.num_samples=0"])):
+        root = tmp_path / name
+        assert command_line("fit", *SMOKE, f"--trainer.default_root_dir={root}", *short, *extra).returncode == 0
+        assert [p.name for p in (root / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert lines(tmp_path / "three" / "sample_eval.jsonl")[0]["nfe"] == 3
+    assert not (tmp_path / "off" / "sample_eval.jsonl").exists()
+
+
 def test_unconditional_training(tmp_path):
     result = command_line(
         "fit", *SMOKE, f"--trainer.default_root_dir={tmp_path}", "--model.net.init_args.num_classes=0",
@@ -198,7 +215,7 @@ def test_help_reads_as_a_manual():
     text = " ".join(command_line("fit", "--help").stdout.split())
     for sentence in (
         "sampling steps to compare; each is one network pass",
-        "one average each, in (0, 1); 0.9999 is the papers' on ImageNet",
+        "one average each, in (0, 1); null is [0.9999], the papers' on ImageNet",
         "the MeanFlow loss; ``fm_fraction: 1`` is plain flow matching",
         "of times, noise and label drop: with the optimizer step and the row it decides every draw",
     ):

@@ -1,6 +1,6 @@
 """What happens around the training loop."""
 
-from mf_lightning.callbacks.checkpoint import AtomicCheckpointIO
+from mf_lightning.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from mf_lightning.callbacks.csv_log import MetricsCSV
 from mf_lightning.callbacks.ema import EMA
 from mf_lightning.callbacks.guards import NonFiniteGuard
@@ -11,6 +11,7 @@ from mf_lightning.callbacks.sample_grid import SampleGrid, SampleWriter
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
+    "BestCheckpoint",
     "MetricsCSV",
     "NonFiniteGuard",
     "RunSummary",

@@ -7,9 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mf_lightning.types import UserError
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the checkpoint whose FID at one NFE is lowest: the best for one step is often not the best for two.
+
+    It acts where evaluation scores that NFE, and rests where evaluation is off or compares other counts.
+
+    Args:
+        folder: where ``best_nfe1.ckpt`` is written.
+        nfe: sampling steps whose ``fid/nfe1`` is compared.
+    """
+
+    def __init__(self, folder: str, nfe: int) -> None:
+        super().__init__(
+            folder,
+            filename=f"best_nfe{nfe}",
+            monitor=f"fid/nfe{nfe}",
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare and save, where the figure was logged."""
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

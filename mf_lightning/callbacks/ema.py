@@ -17,7 +17,7 @@ class EMA(Callback):
     """Keep averages ``w <- d w + (1 - d) theta`` of the network's parameters, updated at every optimizer step.
 
     Args:
-        decays: one average each, in (0, 1); 0.9999 is the papers' on ImageNet. An empty list keeps none.
+        decays: one average each, in (0, 1); null is [0.9999], the papers' on ImageNet. An empty list keeps none.
         warmup: let update n (from 0) use ``min(d, (1 + n) / (10 + n))``, so that short runs forget their start.
         use: the average that evaluation, grids and `predict` take; null is the first of ``decays``.
         on_cpu: keep the averages in main memory; each update then copies the weights there.

@@ -27,7 +27,7 @@ class SampleEval(Callback):
     for others, and appended to ``sample_eval.jsonl``, one line per evaluation, EMA and NFE, with the protocol beside them.
 
     Args:
-        nfe: sampling steps to compare; each is one network pass.
+        nfe: sampling steps to compare; each is one network pass; null is [1, 2].
         emas: averages to score, null meaning the raw weights; an absent list is the one that ``ema.use`` names.
         num_samples: images per evaluation; 0 turns it off. The field's FID takes 50,000.
         batch_size: images at a time on each device; no figure depends on it.

@@ -37,7 +37,7 @@ class SampleGrid(Callback):
     """Write ``grids/step00001240_nfe1.png`` at every validation: a column is a class, the noise is the same at each NFE.
 
     Args:
-        nfe: sampling steps, one grid each.
+        nfe: sampling steps, one grid each; null is [1, 2].
         rows: pictures per column; 0 writes no grids.
         max_columns: classes shown, the first ones.
         seed: with a picture's number it decides its noise.

@@ -17,12 +17,11 @@ from mf_lightning.assets import asset
 
 NAME = "digits-cnn"
 CHANNELS = 96
-HIDDEN = 64
 IMAGE_SIZE = 32
 
 
 class DigitsCNN(nn.Module):
-    """Three convolutions and two linear layers: grey digits => pooled features and class logits."""
+    """Four convolutions, an average over the picture and one linear layer: grey digits => features and class logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,19 +29,20 @@ class DigitsCNN(nn.Module):
         def stage(c_in: int, c_out: int) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
 
-        self.stages = nn.ModuleList([stage(1, 24), stage(24, 48), stage(48, CHANNELS)])
-        self.features = nn.Linear(CHANNELS * 4 * 4, HIDDEN)
-        self.classes = nn.Linear(HIDDEN, 10)
+        self.stages = nn.ModuleList([stage(1, 24), stage(24, 48), stage(48, 64), stage(64, CHANNELS)])
+        self.classes = nn.Linear(CHANNELS, 10)
 
     def forward(self, grey: Tensor) -> tuple[Tensor, Tensor]:
         """Return features, (B, 96), and logits, (B, 10), of grey images in [0, 1], (B, 1, 32, 32).
 
-        The features are the last convolution averaged over the picture, as FID's Inception features are.
+        As in FID's Inception, the features are the last convolution averaged over the picture, and the classes a linear
+        function of them.
         """
         x = grey
-        for stage in self.stages:
+        for stage in self.stages[:-1]:
             x = F.max_pool2d(stage(x), 2)  # 32 -> 16 -> 8 -> 4
-        return x.mean(dim=(2, 3)), self.classes(torch.tanh(self.features(x.flatten(1))))
+        features = self.stages[-1](x).mean(dim=(2, 3))
+        return features, self.classes(features)
 
 
 class FeatureExtractorDigits(FeatureExtractorBase):

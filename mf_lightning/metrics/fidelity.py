@@ -93,7 +93,7 @@ class SampleQuality(Metric):
         correct = dim_zero_cat(self.correct) if len(self.correct) else None
         return {
             "fid": fid(features, self.reference),
-            "class_accuracy": None if correct is None else correct.mean().item(),
+            "class_accuracy": None if correct is None else correct.double().mean().item(),
             "precision": precision,
             "recall": recall,
         }
