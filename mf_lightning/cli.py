@@ -89,7 +89,7 @@ class MeanFlowCLI(LightningCLI):
         last = root / "checkpoints" / "last.ckpt"
         asked = self._get(self.config_init, "ckpt_path")
         if asked == "last" and not last.exists():
-            raise UserError(f"Got --ckpt_path=last without {last}, expected a run to resume. Leave the option out to start one.")
+            raise UserError(f"Got --ckpt_path=last without {last}, expected a run to resume. Leave it out to start one.")
         if asked is None and last.exists():
             here, python = Path.cwd(), Path(sys.executable)
             command = " ".join([str(python.relative_to(here) if python.is_relative_to(here) else "python"), *sys.argv])

@@ -1,6 +1,6 @@
 """The stored loss curve of the smoke recipe in float64: a refactor proves with it that no number moved.
 
-    python -m tests.loss_curve      # records it anew, after a change that is meant to move numbers; say why in the commit
+python -m tests.loss_curve      # records it anew, after a change that is meant to move numbers; say why in the commit
 """
 
 from __future__ import annotations

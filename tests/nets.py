@@ -20,9 +20,7 @@ def randomise(net: nn.Module, *, seed: int = 0, std: float = 0.1) -> nn.Module:
     return net
 
 
-def tiny_sit(
-    *, num_classes: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, std: float = 0.1, **kwargs
-) -> SiT:
+def tiny_sit(*, num_classes: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, std: float = 0.1, **kwargs) -> SiT:
     """Return a SiT of two blocks on (3, 8, 8) latents."""
     settings = {"patch_size": 4, "depth": 2, "hidden_size": 16, "num_heads": 2, **kwargs}
     return randomise(SiT(LatentSpec(SHAPE, num_classes), **settings).to(dtype), seed=seed, std=std)

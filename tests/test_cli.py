@@ -46,7 +46,12 @@ def test_a_run_leaves_its_files(smoke):
 
 def test_sample_eval_lines(smoke):
     rows = lines(smoke[0] / "sample_eval.jsonl")
-    assert [(row["step"], row["nfe"], row["ema"]) for row in rows] == [(30, 1, 0.99), (30, 2, 0.99), (60, 1, 0.99), (60, 2, 0.99)]
+    assert [(row["step"], row["nfe"], row["ema"]) for row in rows] == [
+        (30, 1, 0.99),
+        (30, 2, 0.99),
+        (60, 1, 0.99),
+        (60, 2, 0.99),
+    ]
     for row in rows:
         assert set(row) == KEYS
         assert set(row["protocol"]) == PROTOCOL
@@ -175,7 +180,8 @@ def test_nothing_to_resume_is_said(tmp_path, capsys):
 def test_other_counts_of_steps_need_no_other_settings(tmp_path):
     """Only asked-for NFEs are scored and kept as best; evaluation may be off altogether."""
     short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
-    for name, extra in (("three", ["--sample_eval.nfe=[3]", "--sample_eval.num_samples=20"]), ("off", ["--sample_eval.num_samples=0"])):
+    ways = {"three": ["--sample_eval.nfe=[3]", "--sample_eval.num_samples=20"], "off": ["--sample_eval.num_samples=0"]}
+    for name, extra in ways.items():
         root = tmp_path / name
         assert command_line("fit", *SMOKE, f"--trainer.default_root_dir={root}", *short, *extra).returncode == 0
         assert [p.name for p in (root / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -298,12 +304,15 @@ def test_missing_config_file():
 
 def test_a_checkpoint_of_another_architecture_is_refused(smoke, tmp_path):
     checkpoint = smoke[0] / "checkpoints" / "last.ckpt"
-    message = error_of(
-        command_line(
-            "test", *SMOKE, f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={checkpoint}",
-            "--model.net.init_args.depth=3", "--model.net.init_args.qk_norm=true",
-        )  # fmt: skip
+    result = command_line(
+        "test",
+        *SMOKE,
+        f"--trainer.default_root_dir={tmp_path}",
+        f"--ckpt_path={checkpoint}",
+        "--model.net.init_args.depth=3",
+        "--model.net.init_args.qk_norm=true",
     )
+    message = error_of(result)
     assert "another architecture (depth = 2, qk_norm = False), expected depth = 3, qk_norm = True" in message
 
 

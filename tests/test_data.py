@@ -25,9 +25,7 @@ from mf_lightning.types import LatentSpec, UserError
 
 def write_dataset(path, *, counts=(5, 3), kind="moments", flip=False, labels=None, classes=4, scale=0.5, shift=0.1):
     """Write a small data set whose value at row i tells i; return its info."""
-    info = DatasetInfo(
-        kind, (2, 4, 4), "float16", flip, "toy@0123", scale, shift, 8, tuple("abcdefgh"[:classes]), splits={}
-    )
+    info = DatasetInfo(kind, (2, 4, 4), "float16", flip, "toy@0123", scale, shift, 8, tuple("abcdefgh"[:classes]), splits={})
     splits = {}
     for split, sizes in {"train": counts, "val": (4,)}.items():
         shards, first = [], 0
@@ -36,9 +34,7 @@ def write_dataset(path, *, counts=(5, 3), kind="moments", flip=False, labels=Non
             stored = np.broadcast_to(rows[:, None, None, None], (count, *info.stored_shape)).astype(np.float16)
             y = rows % classes if labels is None else labels[first : first + count]
             flipped = -stored if flip else None
-            shards.append(
-                write_shard(path, split, number, latents=stored.copy(), labels=np.asarray(y), flipped=flipped)
-            )
+            shards.append(write_shard(path, split, number, latents=stored.copy(), labels=np.asarray(y), flipped=flipped))
             first += count
         splits[split] = tuple(shards)
     info = DatasetInfo(**{**info.__dict__, "splits": splits})
@@ -124,12 +120,7 @@ def test_a_resumed_loader_goes_on_where_it_stopped():
 
 
 def test_eval_loader_reads_each_sample_once():
-    seen = [
-        i
-        for rank in range(3)
-        for b in EvalLoader(in_memory(11), batch_size=2, rank=rank, world_size=3)
-        for i in b.index
-    ]
+    seen = [i for rank in range(3) for b in EvalLoader(in_memory(11), batch_size=2, rank=rank, world_size=3) for i in b.index]
     assert sorted(map(int, seen)) == list(range(11))
     assert len(EvalLoader(in_memory(11), batch_size=2, rank=2, world_size=3)) == 2
 
@@ -154,9 +145,7 @@ def test_stored_latents_are_not_sampled(tmp_path):
     write_dataset(tmp_path, kind="latents")
     data = LatentDataModule(str(tmp_path), batch_size=2)
     stored = torch.full((1, 2, 4, 4), 2.0).half()
-    assert torch.allclose(
-        data.to_latents(stored, stream=Stream.MOMENTS, step=0, rows=torch.tensor([0])), torch.tensor(0.95)
-    )
+    assert torch.allclose(data.to_latents(stored, stream=Stream.MOMENTS, step=0, rows=torch.tensor([0])), torch.tensor(0.95))
 
 
 def test_synthetic_digits_are_a_function_of_seed_and_number():
@@ -259,7 +248,7 @@ def test_batches_that_do_not_divide():
 
 def test_unknown_split(tmp_path):
     write_dataset(tmp_path)
-    with pytest.raises(UserError, match="Set data.val_split"):
+    with pytest.raises(UserError, match=r"Set data\.val_split"):
         LatentDataModule(str(tmp_path), val_split="test")
 
 

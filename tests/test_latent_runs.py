@@ -135,7 +135,7 @@ def test_a_local_folder_is_the_same_autoencoder(autoencoder, tmp_path):
 
 
 def test_autoencoders_that_cannot_be_had(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="which is no directory here"):
         KLAutoencoder(str(tmp_path / "absent")).decode(torch.zeros(1))
     with pytest.raises(UserError, match="give its path"):

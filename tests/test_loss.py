@@ -102,9 +102,7 @@ def test_a_wrong_tangent_shows_in_raw_error_and_gradients_but_not_in_the_weighte
     wrong_gradients = gradients(net, wrong)
     jump = draw.r < draw.t
     assert ((wrong_error - right_error).abs() / right_error)[jump].max() > 1e-3
-    assert not torch.allclose(
-        wrong_dudt[jump].flatten(1).norm(dim=1), right_dudt[jump].flatten(1).norm(dim=1), rtol=1e-2
-    )
+    assert not torch.allclose(wrong_dudt[jump].flatten(1).norm(dim=1), right_dudt[jump].flatten(1).norm(dim=1), rtol=1e-2)
     name = "x_embedder.proj.weight"
     difference = (wrong_gradients[name] - right_gradients[name]).norm() / right_gradients[name].norm()
     assert difference > 1e-3
@@ -211,9 +209,7 @@ def test_times_are_checked(t, r):
         MeanFlowLoss()(net, x, y, draw, y_null=4)
 
 
-@pytest.mark.parametrize(
-    ("n", "share", "expected"), [(256, 0.75, 192), (10, 0.7, 7), (100, 0.29, 29), (7, 0.5, 3), (5, 1, 5)]
-)
+@pytest.mark.parametrize(("n", "share", "expected"), [(256, 0.75, 192), (10, 0.7, 7), (100, 0.29, 29), (7, 0.5, 3), (5, 1, 5)])
 def test_fm_count_is_exact(n, share, expected):
     assert fm_count(n, share) == expected
     x = torch.zeros(n, 1, 2, 2)

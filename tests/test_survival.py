@@ -1,6 +1,7 @@
 """What must not be lost: checkpoints on a full disk, weights at a NaN."""
 
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,22 +23,22 @@ class Spoil(Callback):
             batch.x[3] = float("nan")
 
 add = cli.MeanFlowCLI.add_arguments_to_parser
-cli.MeanFlowCLI.add_arguments_to_parser = lambda self, parser: (add(self, parser), parser.add_lightning_class_args(Spoil, "spoil"))
+
+
+def with_spoil(self, parser):
+    add(self, parser)
+    parser.add_lightning_class_args(Spoil, "spoil")
+
+cli.MeanFlowCLI.add_arguments_to_parser = with_spoil
 cli.main(sys.argv[1:])
 """
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     root = tmp_path / "run"
-    message = error_of(
-        python(
-            "-c", NAN_AT_STEP_12, "fit", *SMOKE, f"--trainer.default_root_dir={root}", "--trainer.val_check_interval=10",
-            "--sample_eval.num_samples=0", "--sample_grid.rows=0",
-            '--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: '
-            f'{{dirpath: {root}/checkpoints, filename: last, save_on_train_epoch_end: false}}}}, '
-            '{class_path: mf_lightning.callbacks.NonFiniteGuard}]',
-        )  # fmt: skip
-    )
+    settings = ["--trainer.val_check_interval=10", "--sample_eval.num_samples=0", "--sample_grid.rows=0"]
+    result = python("-c", NAN_AT_STEP_12, "fit", *SMOKE, f"--trainer.default_root_dir={root}", *settings)
+    message = error_of(result)
     last = root / "checkpoints" / "last.ckpt"
     assert "step 12" in message
     assert "rows [3]" in message
@@ -47,8 +48,16 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
 
 
-def test_guard_lets_finite_losses_pass():
-    NonFiniteGuard().on_before_backward(None, None, torch.tensor(1.0))
+def test_guard_stops_at_a_gradient_that_is_not_finite():
+    trainer = SimpleNamespace(global_step=5, global_rank=0, default_root_dir="nowhere")
+    module = SimpleNamespace(net=torch.nn.Linear(2, 1), last_terms=SimpleNamespace(raw_error=torch.tensor([1.0, 3.0])))
+    guard = NonFiniteGuard()
+    guard.on_before_backward(trainer, module, torch.tensor(1.0))
+    module.net.weight.grad = torch.tensor([[1.0, 2.0]])
+    guard.on_before_optimizer_step(trainer, module, None)
+    module.net.weight.grad = torch.tensor([[1.0, float("inf")]])
+    with pytest.raises(UserError, match=r"gradient of norm inf at step 5, process 0, largest raw error 3"):
+        guard.on_before_optimizer_step(trainer, module, None)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
