@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "configs" / "experiment"
 
 
-def command_line(*args: object, cwd: Path = ROOT, env: dict | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+def command_line(*args: object, cwd: Path = ROOT, env: dict | None = None, timeout: int = 150) -> subprocess.CompletedProcess:
     """Run ``python lightning_cli.py ARGS`` and return what it printed and its exit code."""
     return python(ROOT / "lightning_cli.py", *args, cwd=cwd, env=env, timeout=timeout)
 
 
-def python(*args: object, cwd: Path = ROOT, env: dict | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+def python(*args: object, cwd: Path = ROOT, env: dict | None = None, timeout: int = 150) -> subprocess.CompletedProcess:
     """Run ``python ARGS``."""
     environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), **(env or {})}
     command = [sys.executable, *map(str, args)]
