@@ -124,10 +124,11 @@ def main() -> None:
     parser.add_argument("--cnn-steps", type=int, default=2400)
     parser.add_argument("--autoencoder-steps", type=int, default=1200)
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
     if args.which in ("cnn", "both"):
+        torch.manual_seed(args.seed)
         train_cnn(args.out, steps=args.cnn_steps)
     if args.which in ("autoencoder", "both"):
+        torch.manual_seed(args.seed)
         train_autoencoder(args.out, steps=args.autoencoder_steps)
 
 
