@@ -76,6 +76,13 @@ def test_figures_do_not_depend_on_batches_or_their_order(folders, extractor):
     for key, value in found[0].items():
         assert value == pytest.approx(found[1][key], rel=1e-6), key
     assert 0 <= found[0]["class_accuracy"] <= 1
+    same_bits = []
+    for parts in (torch.arange(150).split(50), torch.arange(150).split(50)[::-1]):
+        quality = SampleQuality(extractor, reference)
+        for index in parts:
+            quality.update(generated[index], labels[index], index)
+        same_bits.append(quality.compute()["fid"])
+    assert same_bits[0] == same_bits[1]  # sorted by number before anything is computed
 
 
 def test_class_accuracy_counts_what_was_asked_for(extractor):

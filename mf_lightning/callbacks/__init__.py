@@ -1,6 +1,6 @@
 """What happens around the training loop."""
 
-from mf_lightning.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
+from mf_lightning.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from mf_lightning.callbacks.csv_log import MetricsCSV
 from mf_lightning.callbacks.ema import EMA
 from mf_lightning.callbacks.guards import NonFiniteGuard
@@ -12,6 +12,7 @@ __all__ = [
     "EMA",
     "AtomicCheckpointIO",
     "BestCheckpoint",
+    "LastCheckpoint",
     "MetricsCSV",
     "NonFiniteGuard",
     "RunSummary",

@@ -8,10 +8,48 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mf_lightning.types import UserError
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep the newest state in the one file ``last.ckpt``: at every validation, between far ones, and at the end.
+
+    Args:
+        folder: where ``last.ckpt`` is written.
+        every_n_steps: optimizer steps between saves besides those at validations.
+    """
+
+    def __init__(self, folder: str, every_n_steps: int = 5000) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"Got every_n_steps = {every_n_steps} for last.ckpt, expected at least 1.")
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save between validations."""
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_step:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at a validation inside `fit`."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, wherever validations fall."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if not trainer.fast_dev_run:
+            self._saved_step = trainer.global_step
+            trainer.save_checkpoint(self.path)
 
 
 class BestCheckpoint(ModelCheckpoint):

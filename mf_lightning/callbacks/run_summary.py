@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
+from mf_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from mf_lightning.callbacks.sample_eval import RESULTS_FILE, SampleEval
 
 
@@ -19,9 +19,10 @@ class RunSummary(Callback):
             root = Path(trainer.default_root_dir)
             places = {"grids": root / "grids", "figures": root / RESULTS_FILE, "curves": root / "metrics.csv"}
             for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-                    what = f"best {callback.monitor}" if callback.monitor else "checkpoint"
-                    places[what] = Path(callback.best_model_path)
+                if isinstance(callback, LastCheckpoint):
+                    places["checkpoint"] = callback.path
+                elif isinstance(callback, BestCheckpoint) and callback.best_model_path:
+                    places[f"best {callback.monitor}"] = Path(callback.best_model_path)
             print("\n".join(["", *_figures(trainer), *_listing(places)]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
