@@ -4,10 +4,14 @@ import csv
 
 import pytest
 import torch
+import torch_fidelity
 import yaml
 from PIL import Image
 
+from mf_lightning.autoencoders import PixelAutoencoder
+from mf_lightning.callbacks.sample_grid import to_picture
 from mf_lightning.cli import configs_dir, main
+from mf_lightning.data import SevenSegmentDataModule
 from mf_lightning.types import UserError
 from tests.runs import RECIPES, command_line, error_of, lines
 
@@ -138,6 +142,30 @@ def test_predict_writes_images_that_depend_on_seed_and_number_only(smoke, tmp_pa
         assert [int(row["label"]) for row in labels] == [*range(10), 0, 1]
     worst = max(abs(a - b) for one, other in zip(*found, strict=True) for a, b in zip(one, other, strict=True))
     assert worst <= 1  # the last bit of a matrix product may depend on the batch size, a rounded pixel then too
+
+
+def test_the_callbacks_fid_is_torch_fidelitys_on_the_same_pngs(smoke, tmp_path):
+    """`predict` writes the very images that were scored; torch-fidelity finds the same figures in their folder."""
+    root, _ = smoke
+    result = command_line(
+        "predict", *SMOKE, f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={root / 'checkpoints' / 'last.ckpt'}",
+        "--sample_writer.num_samples=100", "--sample_writer.num_steps=1", "--sample_writer.batch_size=250",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    real = tmp_path / "real"
+    real.mkdir()
+    data = SevenSegmentDataModule(PixelAutoencoder())
+    for pixels, index in data.decoded_split("train", device=torch.device("cpu"), batch_size=250):
+        for picture, number in zip(pixels, index.tolist(), strict=True):
+            to_picture(picture).save(real / f"{number:06d}.png")
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "samples"), input2=str(real), cuda=False, fid=True, prc=True, verbose=False, cache=False,
+        feature_extractor="digits-cnn", save_cpu_ram=True,
+    )  # fmt: skip
+    row = next(row for row in lines(root / "sample_eval.jsonl") if (row["step"], row["nfe"]) == (60, 1))
+    assert row["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert row["precision"] == pytest.approx(theirs["precision"], rel=1e-6)
+    assert row["recall"] == pytest.approx(theirs["recall"], rel=1e-6)
 
 
 def test_resume_is_bitwise(tmp_path):

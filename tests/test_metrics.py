@@ -150,7 +150,7 @@ def test_extractors_are_checked(tmp_path):
         Extractor("inception-v3-compat", weights=str(tmp_path / "bad.pth"))
     with pytest.raises(UserError, match="uint8"):
         Extractor("digits-cnn").features(torch.zeros(2, 1, 32, 32))
-    with pytest.raises(ValueError, match="32, 32"):
+    with pytest.raises(UserError, match="32, 32"):
         Extractor("digits-cnn").features(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
 
 

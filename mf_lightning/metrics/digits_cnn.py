@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from mf_lightning.assets import asset
+from mf_lightning.types import UserError
 
 NAME = "digits-cnn"
 CHANNELS = 96
@@ -74,7 +75,7 @@ class FeatureExtractorDigits(FeatureExtractorBase):
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
         if input.dtype != torch.uint8 or tuple(input.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(
+            raise UserError(
                 f"The extractor '{NAME}' got {input.dtype} images of shape {tuple(input.shape[1:])}, expected uint8 of "
                 f"shape (3, {IMAGE_SIZE}, {IMAGE_SIZE}). Use another extractor for other images, for example "
                 "inception-v3-compat."
