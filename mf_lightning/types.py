@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,9 @@ class AverageVelocity(Protocol):
 
     Networks that a ``MeanFlowModule`` trains also have ``y_null``, the null label (None if unconditional), and ``config``,
     their settings as plain values.
+
+    A network with ``own_tangents = True`` also takes ``v_g``, (J, C, H, W), and then returns the pair of ``u`` and ``du/dt``
+    of its LAST J rows along (dz, dr, dt) = (v_g, 0, 1), detached; the loss then needs no pass of its own for the derivative.
     """
 
     def __call__(self, z_t: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
@@ -101,3 +104,8 @@ class LossTerms:
     """(B, C, H, W) regression target."""
     v_g: Tensor
     """(B, C, H, W) guided velocity."""
+
+    def with_rows(self, order: Tensor) -> LossTerms:
+        """Return the terms with their rows in another order, (B,) int64; the loss is that of all rows and stays."""
+        rows = {f.name: getattr(self, f.name)[order] for f in fields(self) if f.name != "loss"}
+        return LossTerms(loss=self.loss, **rows)

@@ -12,9 +12,11 @@ from mf_lightning.flow import (
     Guidance,
     LogitNormal,
     MeanFlowLoss,
+    Passes,
     TwoLogitNormals,
     Uniform,
 )
+from mf_lightning.flow.rows import count_jumps, velocity_rows
 from mf_lightning.flow.times import fm_count
 from mf_lightning.types import UserError
 from tests.nets import SHAPE, tiny_sit
@@ -72,11 +74,11 @@ def gradients(net, value):
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
-@pytest.mark.parametrize("norm_p", [0.0, 0.5, 1.0])
-def test_fast_loss_equals_the_naive_one(guidance, norm_p):
+@pytest.mark.parametrize(("norm_p", "jvp"), [(0.0, "network"), (0.5, "network"), (1.0, "network"), (1.0, "torch")])
+def test_fast_loss_equals_the_naive_one(guidance, norm_p, jvp):
     net = tiny_sit()
     x, y, draw = batch()
-    loss = MeanFlowLoss(guidance=guidance, weight=AdaptiveWeight(norm_p=norm_p))
+    loss = MeanFlowLoss(guidance=guidance, weight=AdaptiveWeight(norm_p=norm_p), jvp=jvp)
     terms = loss(net, x, y, draw, y_null=net.y_null)
     fast = gradients(net, terms.loss)
     value, error, dudt, v_g = naive_loss(loss, net, x, y, draw)
@@ -121,6 +123,39 @@ def test_a_batch_of_eight_is_eight_batches_of_one():
         assert torch.allclose(alone.dudt_norm, whole.dudt_norm[one], rtol=1e-9)
 
 
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=str)
+def test_the_order_of_rows_and_the_padding_change_nothing(guidance):
+    """r < t rows anywhere in the batch; row counts padded to a few sizes, as under compilation."""
+    net = tiny_sit()
+    x, y, draw = batch(n=40)
+    loss = MeanFlowLoss(guidance=guidance)
+    plain = loss(net, x, y, draw, y_null=4)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    shuffled = Draw(draw.e[order], draw.t[order], draw.r[order], draw.dropped[order])
+    assert shuffled.order() is not None
+    for terms, rows in (
+        (loss(net, x[order], y[order], shuffled, y_null=4), order),
+        (loss(net, x, y, draw, y_null=4, passes=Passes(fixed_sizes=True)), slice(None)),
+    ):
+        assert torch.allclose(terms.loss, plain.loss, rtol=1e-10)
+        for name in ("raw_error", "velocity_error", "dudt_norm", "u", "u_tgt", "v_g"):
+            assert torch.allclose(getattr(terms, name), getattr(plain, name)[rows], rtol=1e-10), name
+
+
+def test_counts_are_padded_to_few_sizes():
+    passes, sizes = Passes(fixed_sizes=True), set()
+    loss = MeanFlowLoss(label_drop=DropAnyRow(0.1), guidance=Guidance(omega=1.0, kappa=0.5, interval=(0.1, 0.9)))
+    for step in range(200):
+        draw = loss.draw_training(torch.zeros(256, 1, 2, 2), torch.arange(256), seed=0, step=step, global_batch_size=256)
+        guided = ~draw.dropped & loss.guidance.acts_at(draw.t)
+        plan = velocity_rows(guided, guided & draw.jumps, loss.guidance, passes)
+        exact = velocity_rows(guided, guided & draw.jumps, loss.guidance, Passes())
+        assert len(exact.rows) <= len(plan.rows) < len(exact.rows) + 32
+        sizes.add((count_jumps(draw, passes), len(plan.rows)))
+    assert len(sizes) <= 3
+    assert passes.padded(0, 256, parts=8) == 0
+
+
 def test_the_target_is_continuous_at_r_equals_t():
     net = tiny_sit()
     x, y, draw = batch()
@@ -145,22 +180,25 @@ def test_fm_fraction_one_is_plain_flow_matching():
 
 
 def test_forward_passes_are_only_those_needed():
-    """One gradient forward of the batch, one call without gradient on guided rows, one JVP on r != t rows."""
+    """One call without gradient on guided rows, one gradient forward of the batch with tangents on the r != t rows."""
     net = tiny_sit()
     x, y, draw = batch()
-    sizes = []
+    calls = []
 
-    def counting(z, *, t, r, y):
-        sizes.append(len(z))
-        return net(z, t=t, r=r, y=y)
+    def count(module, args, kwargs):
+        tangents = kwargs.get("v_g")
+        calls.append((len(args[0]), 0 if tangents is None else len(tangents), torch.is_grad_enabled()))
 
+    net.register_forward_pre_hook(count, with_kwargs=True)
     guided = int((~draw.dropped).sum())
     guided_jumps = int((~draw.dropped & (draw.r < draw.t)).sum())
-    MeanFlowLoss(guidance=Guidance(omega=1.0, kappa=0.5))(counting, x, y, draw, y_null=4)
-    assert sizes == [8, guided + guided_jumps, 4]
-    sizes.clear()
-    MeanFlowLoss()(counting, x, y, draw, y_null=4)
-    assert sizes == [8, 4]
+    for jvp, passes in (("network", [(8, 4, True)]), ("torch", [(8, 0, True), (4, 0, False)])):
+        calls.clear()
+        MeanFlowLoss(jvp=jvp)(net, x, y, draw, y_null=4)
+        assert calls == passes
+        calls.clear()
+        MeanFlowLoss(guidance=Guidance(omega=1.0, kappa=0.5), jvp=jvp)(net, x, y, draw, y_null=4)
+        assert calls == [(guided + guided_jumps, 0, False), *passes]
 
 
 class Dropping(nn.Module):
@@ -191,6 +229,15 @@ def test_gradient_does_not_flow_through_target_or_weight():
     x, y, draw = batch()
     terms = MeanFlowLoss()(net, x, y, draw, y_null=4)
     assert not any(v.requires_grad for v in (terms.u_tgt, terms.v_g, terms.raw_error, terms.dudt_norm, terms.u))
+
+
+def test_a_network_without_tangents_is_differentiated_by_torch_or_refused():
+    net = Dropping().eval()  # no own_tangents
+    x, y, draw = batch()
+    for terms in (MeanFlowLoss()(net, x, y, draw, y_null=4), MeanFlowLoss(jvp="torch")(net, x, y, draw, y_null=4)):
+        assert torch.allclose(terms.raw_error, MeanFlowLoss()(net.net, x, y, draw, y_null=4).raw_error, rtol=1e-10)
+    with pytest.raises(UserError, match=r"loss.jvp = network for Dropping.*model.loss.init_args.jvp to torch"):
+        MeanFlowLoss(jvp="network")(net, x, y, draw, y_null=4)
 
 
 def test_guidance_needs_labels():

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mf_lightning.flow import MeanFlowLoss
 from mf_lightning.interop import public_sit
 from mf_lightning.nets import SiT
 from mf_lightning.types import LatentSpec, UserError
+from tests.nets import along
 from tests.parity.__main__ import main
 from tests.parity.family import Family
 from tests.parity.flax_names import from_flax
@@ -129,13 +129,7 @@ TANGENTS = {"time only": (0, 0, 1), "velocity and r": (1, 1, 0), "all three": (1
 def test_a_wrong_tangent_fails(oracles, monkeypatch, tangent):
     """The total derivative runs along (dz, dr, dt) = (v, 0, 1); no other one passes, in any case, at any power."""
 
-    def wrong(net, z_t: Tensor, v_g: Tensor, *, t: Tensor, r: Tensor, y: Tensor) -> Tensor:
-        dz, dr, dt = tangent
-        along = (dz * v_g, dr * torch.ones_like(r), dt * torch.ones_like(t))
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(lambda z, r, t: net(z, t=t, r=r, y=y), (z_t, r, t), along)[1]
-
-    monkeypatch.setattr("mf_lightning.flow.meanflow.total_derivative", wrong)
+    monkeypatch.setattr(MeanFlowLoss, "_u_and_derivative", along(tangent))
     names = [path.name for source in ("haoyi", "official") for path in oracles.glob(f"meanflow_loss_{source}_*.npz")]
     assert names
     for name in names:

@@ -149,5 +149,5 @@ def test_time_embedding_is_not_rounded_to_low_precision():
     net = tiny_sit(dtype=torch.float32)
     t = torch.tensor([0.5000, 0.5005])
     with torch.autocast("cpu", torch.bfloat16):
-        c = net.condition(t=t, r=t, y=torch.tensor([0, 0]))
+        c = net.condition(t=t, r=t, y=torch.tensor([0, 0])).x
     assert not torch.equal(c[0], c[1])

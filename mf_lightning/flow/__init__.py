@@ -4,7 +4,9 @@ from mf_lightning.flow.gaussian import GaussianFlow
 from mf_lightning.flow.guidance import Guidance
 from mf_lightning.flow.jvp import total_derivative
 from mf_lightning.flow.labels import DropAnyRow, DropFirstRows
-from mf_lightning.flow.meanflow import Draw, MeanFlowLoss, u_target
+from mf_lightning.flow.meanflow import MeanFlowLoss, u_target
+from mf_lightning.flow.passes import Passes
+from mf_lightning.flow.rows import Draw
 from mf_lightning.flow.sampler import CountedPasses, jump, sample, time_grid
 from mf_lightning.flow.times import LogitNormal, TwoLogitNormals, Uniform
 from mf_lightning.flow.weighting import AdaptiveWeight
@@ -19,6 +21,7 @@ __all__ = [
     "Guidance",
     "LogitNormal",
     "MeanFlowLoss",
+    "Passes",
     "TwoLogitNormals",
     "Uniform",
     "jump",

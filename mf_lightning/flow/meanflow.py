@@ -1,8 +1,8 @@
 """The MeanFlow loss (arXiv 2505.13447, algorithm 1, equations 9-11, 17-22), paid for only where it acts.
 
 r = t rows (75 % of a batch in the paper) need no JVP: their target is the velocity itself. So one forward with gradient
-covers the whole batch, the JVP runs without a graph on the r != t rows only, and on r = t rows the conditional velocity
-that guidance needs IS the output that the gradient forward already gave.
+covers the whole batch, tangents ride beside it on the r < t rows only (or a JVP runs apart on them), without a graph, and on
+r = t rows the conditional velocity that guidance needs IS the output that the gradient forward already gave.
 """
 
 from __future__ import annotations
@@ -16,26 +16,14 @@ from torch import Tensor, nn
 from mf_lightning import draws
 from mf_lightning.draws import Stream
 from mf_lightning.flow.guidance import Guidance
-from mf_lightning.flow.jvp import total_derivative
+from mf_lightning.flow.jvp import JVPMethod, JVPPrecision, choose_jvp, jvp_precision
 from mf_lightning.flow.labels import DropFirstRows, LabelDrop
+from mf_lightning.flow.passes import PLAIN, Passes
 from mf_lightning.flow.path import check_times, conditional_velocity, interpolate, per_row
+from mf_lightning.flow.rows import Draw, count_jumps, to_device, velocity_rows
 from mf_lightning.flow.times import LogitNormal, TimeSampler, fm_count
 from mf_lightning.flow.weighting import AdaptiveWeight
 from mf_lightning.types import AverageVelocity, LossTerms, UserError
-
-
-@dataclass
-class Draw:
-    """All randomness of one batch; times and drops live on the CPU, where rows are sorted without waiting for a GPU."""
-
-    e: Tensor
-    """Noise, (B, C, H, W), on the device of the data."""
-    t: Tensor
-    """Noisier end of the jump, (B,) float32, CPU."""
-    r: Tensor
-    """Other end, r <= t, (B,) float32, CPU; equal to t on flow-matching rows."""
-    dropped: Tensor
-    """Whether the row's label is replaced by the null label, (B,) bool, CPU."""
 
 
 def u_target(v_g: Tensor, dudt: Tensor, *, t: Tensor, r: Tensor) -> Tensor:
@@ -63,6 +51,10 @@ class MeanFlowLoss:
             no labels to drop.
         guidance: guidance inside the target; the default is none.
         weight: adaptive weight of a row's summed squared error.
+        jvp: "network" takes du/dt from the network's own tangents, "torch" from torch.func.jvp in a pass of its own; null
+            is "network" where the network has them (SiT does), else "torch".
+        jvp_precision: null is that of the gradient forward, whose primals the network's tangents then share; "32-true" or
+            "bf16-mixed" differentiate in a pass of their own.
     """
 
     def __init__(
@@ -72,6 +64,8 @@ class MeanFlowLoss:
         label_drop: LabelDrop | None = None,
         guidance: Guidance = Guidance(),
         weight: AdaptiveWeight = AdaptiveWeight(),
+        jvp: JVPMethod | None = None,
+        jvp_precision: JVPPrecision | None = None,
     ) -> None:
         fm_count(1, fm_fraction)  # refuses a share outside [0, 1] at the door
         self.times = LogitNormal() if times is None else times
@@ -79,6 +73,8 @@ class MeanFlowLoss:
         self.label_drop = DropFirstRows() if label_drop is None else label_drop
         self.guidance = guidance
         self.weight = weight
+        self.jvp: JVPMethod | None = jvp
+        self.jvp_precision: JVPPrecision | None = jvp_precision
 
     def draw_training(self, x: Tensor, rows: Tensor, *, seed: int, step: int, global_batch_size: int) -> Draw:
         """Return the randomness of training rows: a function of (seed, step, row of the global batch).
@@ -114,9 +110,16 @@ class MeanFlowLoss:
         return Draw(e=e, t=t, r=r, dropped=torch.zeros_like(index, dtype=torch.bool))
 
     def __call__(
-        self, net: AverageVelocity, x: Tensor, y: Tensor | None, draw: Draw, *, y_null: int | None = None
+        self,
+        net: AverageVelocity,
+        x: Tensor,
+        y: Tensor | None,
+        draw: Draw,
+        *,
+        y_null: int | None = None,
+        passes: Passes = PLAIN,
     ) -> LossTerms:
-        """Return the loss of one batch, in the paper's order (algorithm 1).
+        """Return the loss of one batch.
 
         Args:
             net: network; its gradient forward runs once, on the whole batch.
@@ -124,33 +127,52 @@ class MeanFlowLoss:
             y: labels before dropping, (B,) int64, or None for an unconditional network.
             draw: noise, times and dropped rows.
             y_null: the null label; None for an unconditional network.
+            passes: how the network is called; the default is plain torch.
 
         Raises:
-            UserError: times outside 0 <= r <= t <= 1; guidance without labels.
+            UserError: times outside 0 <= r <= t <= 1; guidance without labels; a JVP that the network cannot give.
         """
         check_times(draw.t, draw.r)
-        t, r = (time.to(x.device, x.dtype, non_blocking=True) for time in (draw.t, draw.r))
-        jump = (draw.r < draw.t).nonzero()[:, 0]  # rows that need the JVP, found on the CPU
+        if not self.guidance.is_none and (y is None or y_null is None):
+            raise UserError(
+                f"Got guidance {self.guidance} for an unconditional network, expected none. Set omega = 1 and kappa = 0, "
+                "or train with labels."
+            )
+        y = None if y_null is None else y
+        order = draw.order()  # r < t rows last, so that they are one slice
+        if order is None:
+            return self._sorted_loss(net, x, y, draw, y_null, passes)
+        at = to_device(order, x.device)
+        terms = self._sorted_loss(net, x[at], None if y is None else y[at], draw.sorted_by(order), y_null, passes)
+        back = to_device(torch.argsort(order), x.device)
+        return terms.with_rows(back)
 
+    def _sorted_loss(
+        self, net: AverageVelocity, x: Tensor, y: Tensor | None, draw: Draw, y_null: int | None, passes: Passes
+    ) -> LossTerms:
+        """Return the loss in the paper's order (algorithm 1); rows with r < t come last."""
+        time_dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 times a hundredth apart would be the same
+        t, r = (to_device(time, x.device).to(time_dtype) for time in (draw.t, draw.r))
         z_t = interpolate(x, draw.e, t=t)  # (B, C, H, W)
         v_t = conditional_velocity(x, draw.e)  # (B, C, H, W)
-        y_in = self._drop_labels(y, draw, y_null)  # (B,)
+        guided = self._guide(net, z_t, t, y, draw, y_null, passes)  # velocities without gradient, or None
 
-        u = net(z_t, t=t, r=r, y=y_in)  # (B, C, H, W), the only call with a graph
-        v_g = self._guided_velocity(net, z_t, v_t, u, t, y, draw, y_null)  # (B, C, H, W)
+        jumps = slice(len(x) - count_jumps(draw, passes), None)  # the rows that need du/dt
+        v_jump = v_t[jumps] if guided is None else guided.velocity(v_t, rows=jumps)  # (J, C, H, W)
+        y_in = None if y is None else torch.where(to_device(draw.dropped, x.device), y_null, y)  # (B,)
+        u, dudt_jump = self._u_and_derivative(net, z_t, v_jump, t, r, y_in, jumps, passes)
 
+        v_g = v_t if guided is None else guided.velocity(v_t, u=u.detach())  # (B, C, H, W)
         dudt = torch.zeros_like(v_g)
-        if len(jump):
-            at = jump.to(x.device, non_blocking=True)
-            y_at = None if y_in is None else y_in[at]
-            dudt[at] = total_derivative(net, z_t[at], v_g[at], t=t[at], r=r[at], y=y_at).to(v_g.dtype)
+        if dudt_jump is not None:
+            jumping = to_device(draw.jumps[jumps], x.device)
+            dudt[jumps] = torch.where(_per_row(jumping, v_g), dudt_jump.to(v_g.dtype), 0)
         u_tgt = u_target(v_g, dudt, t=t, r=r)  # (B, C, H, W)
 
         u = u.to(x.dtype)  # a network in lower precision is compared in that of the data
         raw_error = _sum_of_squares(u - u_tgt)  # (B,)
-        loss = (self.weight(raw_error) * raw_error).mean()
         return LossTerms(
-            loss=loss,
+            loss=(self.weight(raw_error) * raw_error).mean(),
             raw_error=raw_error.detach(),
             velocity_error=_sum_of_squares(u.detach() - v_t),
             dudt_norm=_sum_of_squares(dudt).sqrt(),
@@ -159,58 +181,85 @@ class MeanFlowLoss:
             v_g=v_g,
         )
 
-    def _drop_labels(self, y: Tensor | None, draw: Draw, y_null: int | None) -> Tensor | None:
-        if y is None or y_null is None:
-            return None
-        dropped = draw.dropped.to(y.device, non_blocking=True)
-        return torch.where(dropped, torch.full_like(y, y_null), y)
-
-    @torch.no_grad()
-    def _guided_velocity(
+    def _u_and_derivative(
         self,
         net: AverageVelocity,
         z_t: Tensor,
-        v_t: Tensor,
-        u: Tensor,
+        v_jump: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor | None,
+        jumps: slice,
+        passes: Passes,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``u`` of the batch, the only call with a graph, and ``du/dt`` of the rows that need it."""
+        method = choose_jvp(self.jvp, net)
+        if not len(v_jump):
+            return passes.u(net, z_t, t=t, r=r, y=y), None
+        if method == "network" and self.jvp_precision is None:
+            return passes.u_and_dudt(net, z_t, v_jump, t=t, r=r, y=y)
+        u = passes.u(net, z_t, t=t, r=r, y=y)
+        z, own = z_t[jumps], {"t": t[jumps], "r": r[jumps], "y": None if y is None else y[jumps]}
+        with torch.no_grad(), jvp_precision(self.jvp_precision, z_t):
+            if method == "network":
+                return u, passes.u_and_dudt(net, z, v_jump, **own)[1]
+            return u, passes.dudt(net, z, v_jump, **own)
+
+    @torch.no_grad()
+    def _guide(
+        self,
+        net: AverageVelocity,
+        z_t: Tensor,
         t: Tensor,
         y: Tensor | None,
         draw: Draw,
         y_null: int | None,
-    ) -> Tensor:
-        """Return ``v_g`` (equations 17-21): guided where the label is kept and t lies in the interval, else ``v_t``.
+        passes: Passes,
+    ) -> GuidedRows | None:
+        """Return the velocities that guidance needs (equations 17-21), from ONE call without gradient; None without guidance.
 
-        All velocities that it needs come from ONE call without gradient: ``v_u`` on the guided rows, ``v_c`` on the
-        guided rows with r != t. On r = t rows ``v_c`` is ``u`` itself, unless dropout makes the two passes differ.
+        ``v_u`` is computed on the rows inside the interval whose label is kept, ``v_c`` on those of them with r < t. On
+        r = t rows ``v_c`` is ``u`` itself, unless dropout makes the two passes differ.
         """
-        if self.guidance.is_none:
-            return v_t
-        if y is None or y_null is None:
-            raise UserError(
-                f"Got guidance {self.guidance} for an unconditional network, expected none. Set omega = 1 and kappa = 0, "
-                "or train with labels."
-            )
         guided = ~draw.dropped & self.guidance.acts_at(draw.t)
-        apart = guided if _has_active_dropout(net) else guided & (draw.r < draw.t)
-        rows_u = guided.nonzero()[:, 0] if self.guidance.null_weight != 0 else guided.new_zeros(0, dtype=torch.int64)
-        rows_c = apart.nonzero()[:, 0] if self.guidance.kappa != 0 else rows_u[:0]
-        if not bool(guided.any()):
-            return v_t
-
-        device = z_t.device
-        rows = torch.cat([rows_u, rows_c]).to(device, non_blocking=True)
-        v_u = v_c = None
-        if len(rows):
-            labels = torch.cat([torch.full_like(y[: len(rows_u)], y_null), y[rows[len(rows_u) :]]])
+        if self.guidance.is_none or not bool(guided.any()):
+            return None
+        apart = guided if _dropouts(net) else guided & draw.jumps
+        plan = velocity_rows(guided, apart, self.guidance, passes)
+        device, v_u, v_c = z_t.device, torch.zeros_like(z_t), torch.zeros_like(z_t)
+        if len(plan.rows):
+            at = to_device(plan.rows, device)
+            labels = y[at]
+            labels[: plan.unconditional] = y_null
             with _without_dropout(net):
-                velocity = net(z_t[rows], t=t[rows], r=t[rows], y=labels).to(v_t.dtype)
-            v_u = velocity[: len(rows_u)]
-        at = guided.nonzero()[:, 0].to(device, non_blocking=True)
-        if self.guidance.kappa != 0:
-            v_c = u.detach().to(v_t.dtype, copy=True)
-            if len(rows_c):
-                v_c[rows[len(rows_u) :]] = velocity[len(rows_u) :]
-            v_c = v_c[at]
-        return v_t.index_copy(0, at, self.guidance.velocity(v_t[at], v_c=v_c, v_u=v_u))
+                velocity = passes.u(net, z_t[at], t=t[at], r=t[at], y=labels).to(z_t.dtype)
+            # casts of the weights made here have no graph; the gradient forward must not find them in autocast's cache
+            torch.clear_autocast_cache()
+            end = plan.unconditional + plan.conditional
+            v_u.index_copy_(0, at[: plan.unconditional], velocity[: plan.unconditional])
+            v_c.index_copy_(0, at[plan.unconditional : end], velocity[plan.unconditional : end])
+        return GuidedRows(self.guidance, to_device(guided, device), to_device(apart, device), v_u=v_u, v_c=v_c)
+
+
+@dataclass(frozen=True)
+class GuidedRows:
+    """The velocities of guidance, each where it was computed, 0 elsewhere."""
+
+    guidance: Guidance
+    guided: Tensor
+    """(B,) bool: rows that guidance acts on."""
+    apart: Tensor
+    """(B,) bool: rows with a ``v_c`` of their own; elsewhere it is the gradient forward's ``u``."""
+    v_u: Tensor
+    v_c: Tensor
+
+    def velocity(self, v_t: Tensor, *, u: Tensor | None = None, rows: slice = slice(None)) -> Tensor:
+        """Return ``v_g`` of some rows (equations 17-21): guided where guidance acts, else ``v_t``."""
+        v_t, v_u, v_c = v_t[rows], self.v_u[rows], self.v_c[rows]
+        if u is not None:
+            v_c = torch.where(_per_row(self.apart[rows], v_c), v_c, u.to(v_c.dtype))
+        v_g = self.guidance.velocity(v_t, v_c=v_c, v_u=v_u)
+        return torch.where(_per_row(self.guided[rows], v_g), v_g, v_t)
 
 
 def _sum_of_squares(value: Tensor) -> Tensor:
@@ -225,8 +274,9 @@ def _dropouts(net: AverageVelocity) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, kinds) and module.training and module.p > 0]
 
 
-def _has_active_dropout(net: AverageVelocity) -> bool:
-    return bool(_dropouts(net))
+def _per_row(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask, (B,) bool, shaped to choose rows of ``like``."""
+    return mask.reshape(-1, *[1] * (like.dim() - 1))
 
 
 @contextmanager

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mf_lightning.nets import dual
+from mf_lightning.nets.dual import Dual
+
 FREQUENCIES = 256
 
 
@@ -21,13 +24,19 @@ class TimeEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, rows: int | None = None) -> Dual:
+        """Return the embedding, with the derivative by ``t`` of the last ``rows`` rows; None gives none."""
         half = FREQUENCIES // 2
         dtype = torch.promote_types(t.dtype, torch.float32)
-        steps = torch.arange(half, dtype=dtype, device=t.device)
-        angle = t[:, None].to(dtype) * torch.exp(-math.log(10_000) * steps / half)  # (B, 128)
-        features = torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)  # (B, 256)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=dtype, device=t.device) / half)
+        angle = t[:, None].to(dtype) * frequency  # (B, 128)
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        features = torch.cat([cos, sin], dim=1).to(self.mlp[0].weight.dtype)  # (B, 256)
+        change = None
+        if rows is not None:
+            first = len(t) - rows
+            change = torch.cat([-sin[first:] * frequency, cos[first:] * frequency], dim=1).to(features.dtype)
+        return dual.linear(self.mlp[2], dual.silu(dual.linear(self.mlp[0], Dual(features, change))))
 
 
 class LabelEmbedder(nn.Module):

@@ -10,10 +10,13 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from mf_lightning.nets import dual
+from mf_lightning.nets.dual import Dual
 from mf_lightning.nets.embed import LabelEmbedder, TimeEmbedder, position_table
 from mf_lightning.types import LatentSpec, UserError
 
@@ -30,8 +33,27 @@ TIME_INPUTS = {"t,h": ("t", "h"), "t,r": ("t", "r"), "t,r,h": ("t", "r", "h"), "
 """Which times the network sees, h = t - r: MeanFlow table 1c; each gets an embedder of its own."""
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]
+class SiTAttention(Attention):
+    """timm's self-attention on dual numbers: (B, T, D) => (B, T, D)."""
+
+    def forward(self, x: Dual) -> Dual:
+        qkv = dual.linear(self.qkv, x)
+        q, k, v = (dual.same(lambda a, i=i: self._heads(a)[i], qkv) for i in range(3))
+        if not isinstance(self.q_norm, nn.Identity):
+            q, k = dual.layer_norm(self.q_norm, q), dual.layer_norm(self.k_norm, k)
+        if self.fused_attn:
+            o = F.scaled_dot_product_attention(q.x, k.x, v.x)
+        else:
+            o = ((q.x * self.scale) @ k.x.transpose(-2, -1)).softmax(dim=-1) @ v.x
+        do = None
+        if x.dx is not None:
+            with torch.no_grad():
+                do = dual.attention_tangent(q, k, v, self.scale)
+        return dual.linear(self.proj, dual.same(lambda a: a.transpose(1, 2).flatten(2), Dual(o, do)))
+
+    def _heads(self, qkv: Tensor) -> Tensor:
+        """(B, T, 3 D) => (3, B, heads, T, d)."""
+        return qkv.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
 
 
 class SiTBlock(nn.Module):
@@ -40,7 +62,7 @@ class SiTBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, fused: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(
+        self.attn = SiTAttention(
             hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=partial(nn.LayerNorm, eps=1e-6)
         )
         self.attn.fused_attn = fused
@@ -48,10 +70,12 @@ class SiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+    def forward(self, x: Dual, c: Dual) -> Dual:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _condition(self.adaLN_modulation, c, 6)
+        x = dual.add_gated(x, gate_a, self.attn(dual.modulate(dual.layer_norm(self.norm1, x), shift_a, scale_a)))
+        hidden = dual.modulate(dual.layer_norm(self.norm2, x), shift_m, scale_m)
+        hidden = dual.linear(self.mlp.fc2, dual.gelu_tanh(dual.linear(self.mlp.fc1, hidden)))
+        return dual.add_gated(x, gate_m, hidden)
 
 
 class FinalLayer(nn.Module):
@@ -63,9 +87,16 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+    def forward(self, x: Dual, c: Dual) -> Dual:
+        shift, scale = _condition(self.adaLN_modulation, c, 2)
+        return dual.linear(self.linear, dual.modulate(dual.layer_norm(self.norm_final, x), shift, scale))
+
+
+def _condition(layers: nn.Sequential, c: Dual, parts: int) -> list[Dual]:
+    """Return ``parts`` vectors of width D: (B, D) => (B, parts D), cut."""
+    out = dual.linear(layers[-1], dual.silu(c))
+    tangents = [None] * parts if out.dx is None else out.dx.chunk(parts, dim=1)
+    return [Dual(x, dx) for x, dx in zip(out.x.chunk(parts, dim=1), tangents, strict=True)]
 
 
 class SiT(nn.Module):
@@ -84,6 +115,9 @@ class SiT(nn.Module):
         qk_norm: normalise queries and keys, which keeps attention logits bounded in low precision.
         attention: "fused" uses scaled_dot_product_attention (its math form under a JVP), "math" plain matrix products.
     """
+
+    own_tangents = True
+    """Its call takes ``v_g`` and then gives du/dt as well, see :class:`mf_lightning.types.AverageVelocity`."""
 
     def __init__(
         self,
@@ -162,25 +196,53 @@ class SiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
-    def forward(self, z_t: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
-        """Return ``u``, (B, C, H, W), of states (B, C, H, W), times (B,) and labels (B,) int64 (None if unconditional)."""
-        x = self.x_embedder(z_t) + self.pos_embed  # (B, T, D)
-        c = self.condition(t=t, r=r, y=y)  # (B, D)
+    def forward(
+        self, z_t: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None, v_g: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return ``u``, and with ``v_g`` also ``du/dt`` of the last rows, from the same pass.
+
+        Args:
+            z_t: states, (B, C, H, W).
+            t: noisier end of the jump, (B,).
+            r: other end, (B,).
+            y: labels, (B,) int64; None if unconditional.
+            v_g: velocity of the LAST J rows, (J, C, H, W): their tangent is (dz, dr, dt) = (v_g, 0, 1).
+
+        Returns:
+            ``u``, (B, C, H, W); with ``v_g`` the pair of ``u`` and ``du/dt``, (J, C, H, W), detached.
+        """
+        x = self._embed_patches(z_t, v_g)  # (B, T, D)
+        c = self.condition(t=t, r=r, y=y, rows=None if v_g is None else len(v_g))  # (B, D)
         for block in self.blocks:
             x = block(x, c)  # (B, T, D)
-        return self.unpatchify(self.final_layer(x, c))  # (B, C, H, W)
+        u = dual.same(self.unpatchify, self.final_layer(x, c))  # (B, C, H, W)
+        return u.x if v_g is None else tuple(u)
 
-    def condition(self, *, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
-        """Return the sum of time and label embeddings, (B, D)."""
-        value = {"t": t, "r": r, "h": t - r}
-        c = sum(self.get_submodule(f"{time}_embedder")(value[time]) for time in self.times)
-        if self.y_embedder is not None:
-            if y is None:
-                raise UserError(
-                    f"Got no labels, expected (B,) int64 in [0, {self.num_classes}]: {self.num_classes} is the null label."
-                )
-            c = c + self.y_embedder(y)
-        return c
+    def _embed_patches(self, z_t: Tensor, v_g: Tensor | None) -> Dual:
+        x = self.x_embedder(z_t) + self.pos_embed
+        if v_g is None:
+            return Dual(x)
+        with torch.no_grad():
+            proj = self.x_embedder.proj
+            return Dual(x, F.conv2d(v_g.to(z_t.dtype), proj.weight, stride=proj.stride).flatten(2).transpose(1, 2))
+
+    def condition(self, *, t: Tensor, r: Tensor, y: Tensor | None, rows: int | None = None) -> Dual:
+        """Return the sum of time and label embeddings; in the last ``rows`` rows dt = dh = 1, dr = 0: (B,) => (B, D)."""
+        c, dc = 0, None if rows is None else 0
+        for time, value in (("t", t), ("r", r), ("h", t - r)):
+            if time in self.times:
+                moves = rows is not None and time != "r"
+                embedded = self.get_submodule(f"{time}_embedder")(value, rows if moves else None)
+                c = c + embedded.x
+                dc = dc + embedded.dx if moves else dc
+        return Dual(c if self.y_embedder is None else c + self._embed_labels(y), dc)
+
+    def _embed_labels(self, y: Tensor | None) -> Tensor:
+        if y is None:
+            raise UserError(
+                f"Got no labels, expected (B,) int64 in [0, {self.num_classes}]: {self.num_classes} is the null label."
+            )
+        return self.y_embedder(y)
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Put patches back in place: (B, T, p p C) => (B, C, H, W)."""

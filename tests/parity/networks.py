@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mf_lightning.interop import public_sit
 from mf_lightning.nets import SiT
+from mf_lightning.nets.dual import Dual
 from mf_lightning.nets.embed import position_table
 from mf_lightning.types import LatentSpec
 from tests.parity.report import Checks, Oracle
@@ -98,11 +99,11 @@ def _run(net: SiT, x: Tensor, *, t: Tensor, r: Tensor, y: Tensor) -> tuple[dict[
     inside: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: inside.__setitem__(name, output)
+        return lambda module, inputs, output: inside.__setitem__(name, output.x if isinstance(output, Dual) else output)
 
     hooks = [net.x_embedder.register_forward_hook(keep("patch_tokens"))]
     hooks += [block.register_forward_hook(keep(f"block{i}_out")) for i, block in enumerate(net.blocks)]
-    hooks += [net.blocks[0].register_forward_pre_hook(lambda module, inputs: inside.__setitem__("c", inputs[1]))]
+    hooks += [net.blocks[0].register_forward_pre_hook(lambda module, inputs: inside.__setitem__("c", inputs[1].x))]
     u = net(x, t=t, r=r, y=y)
     for hook in hooks:
         hook.remove()
