@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mf_lightning.flow import total_derivative
+from mf_lightning.flow import Guidance, MeanFlowLoss, total_derivative
 from mf_lightning.nets import dual
 from mf_lightning.nets.dual import Dual
 from tests.nets import SHAPE, tiny_sit
@@ -102,3 +102,57 @@ def test_gradients_do_not_see_the_tangents():
         gradients.append([p.grad.clone() for p in net.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-12)
+
+
+def saved_bytes(run) -> int:
+    """Return what autograd keeps for the backward pass of ``run()``, each storage once, leaves (parameters) left out."""
+    kept = {}
+
+    def pack(value):
+        if not (value.is_leaf and value.requires_grad):
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        run()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("with_tangents", [False, True])
+def test_activation_checkpointing_keeps_less_and_changes_nothing(with_tangents, monkeypatch):
+    z = torch.randn(4, *SHAPE, generator=G.manual_seed(3), dtype=torch.float64)
+    t, y = torch.full((4,), 0.7, dtype=torch.float64), torch.arange(4)
+    calls, tangent = [], dual.attention_tangent
+    monkeypatch.setattr(dual, "attention_tangent", lambda *args: calls.append(1) or tangent(*args))
+    results, kept = [], []
+    for checkpointing in (False, True):
+        net = tiny_sit(activation_checkpointing=checkpointing)
+        out = []
+
+        def run(net=net, out=out):
+            out.append(net(z, t=t, r=t / 2, y=y, **({"v_g": z[:2]} if with_tangents else {})))
+
+        kept.append(saved_bytes(run))
+        calls.clear()
+        run()
+        u, dudt = out[-1] if with_tangents else (out[-1], torch.zeros(()))
+        u.square().sum().backward()
+        assert len(calls) == (2 if with_tangents else 0)  # one per block: the second run has no tangents
+        results.append([u.detach(), dudt, *(p.grad.clone() for p in net.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_a_meanflow_step_keeps_no_more_than_a_flow_matching_step():
+    net = tiny_sit(hidden_size=64, depth=4, num_heads=4)
+    x = torch.randn(16, *SHAPE, generator=G.manual_seed(4), dtype=torch.float64)
+    y, kept = torch.arange(16) % 4, {}
+    for name, loss in {
+        "flow matching": MeanFlowLoss(fm_fraction=1.0),
+        "network": MeanFlowLoss(guidance=Guidance(kappa=0.5)),
+        "torch": MeanFlowLoss(guidance=Guidance(kappa=0.5), jvp="torch"),
+    }.items():
+        draw = loss.draw_training(x, torch.arange(16), seed=0, step=0, global_batch_size=16)
+        kept[name] = saved_bytes(lambda loss=loss, draw=draw: loss(net, x, y, draw, y_null=4))
+    assert kept["network"] <= 1.05 * kept["flow matching"]
+    assert kept["torch"] <= 1.05 * kept["flow matching"]

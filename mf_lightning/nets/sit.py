@@ -6,6 +6,7 @@ Source: willisma/SiT 947f95b (adaLN-zero blocks) with the second time embedder o
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Literal
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mf_lightning.nets import dual
 from mf_lightning.nets.dual import Dual
@@ -114,6 +116,8 @@ class SiT(nn.Module):
         time_inputs: times the network sees, h = t - r; "t,h" is the paper's best.
         qk_norm: normalise queries and keys, which keeps attention logits bounded in low precision.
         attention: "fused" uses scaled_dot_product_attention (its math form under a JVP), "math" plain matrix products.
+        activation_checkpointing: keep only what goes in and out of each block for the backward pass and compute the rest
+            again: less memory, a forward's more time. Tangents are not computed again.
     """
 
     own_tangents = True
@@ -131,6 +135,7 @@ class SiT(nn.Module):
         time_inputs: Literal["t,h", "t,r", "t,r,h", "h"] = "t,h",
         qk_norm: bool = False,
         attention: Literal["fused", "math"] = "fused",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         channels, height, width = latent.shape
@@ -139,6 +144,7 @@ class SiT(nn.Module):
         self.num_classes = _resolve_classes(num_classes, latent)
         self.times = _look_up("time_inputs", time_inputs, TIME_INPUTS)
         fused = _look_up("attention", attention, {"fused": True, "math": False})
+        self.activation_checkpointing = activation_checkpointing
         self.grid = (height // patch_size, width // patch_size)
         self.config = {
             "latent_shape": list(latent.shape),
@@ -214,9 +220,23 @@ class SiT(nn.Module):
         x = self._embed_patches(z_t, v_g)  # (B, T, D)
         c = self.condition(t=t, r=r, y=y, rows=None if v_g is None else len(v_g))  # (B, D)
         for block in self.blocks:
-            x = block(x, c)  # (B, T, D)
+            x = self._run_block(block, x, c)  # (B, T, D)
         u = dual.same(self.unpatchify, self.final_layer(x, c))  # (B, C, H, W)
         return u.x if v_g is None else tuple(u)
+
+    def _run_block(self, block: SiTBlock, x: Dual, c: Dual) -> Dual:
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return block(x, c)
+        if torch.compiler.is_compiling():  # the compiler computes again only what the backward pass uses
+            return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+
+        def run(x: Dual, c: Dual) -> Dual:
+            return block(dual.tangents_wanted(x), dual.tangents_wanted(c))
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:  # of the first run and the second
+            return nullcontext(), dual.without_tangents()
+
+        return checkpoint(run, x, c, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def _embed_patches(self, z_t: Tensor, v_g: Tensor | None) -> Dual:
         x = self.x_embedder(z_t) + self.pos_embed
