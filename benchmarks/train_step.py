@@ -1,6 +1,6 @@
 """What a MeanFlow training step costs over a flow-matching step of the same network: interleaved, in one process.
 
-python benchmarks/train_step.py                                   # SiT-S/2 on 16x16x4 latents, batch 32, eager, this machine's CPU
+python benchmarks/train_step.py              # SiT-S/2 on 16x16x4 latents, batch 32, eager, on the CPU
 python benchmarks/train_step.py --mode compiled
 python benchmarks/train_step.py --size XL --latent 4 32 32 --batch 128 --device cuda --precision bf16-mixed --mode both
 
@@ -116,11 +116,13 @@ def make_bench(args: argparse.Namespace) -> Bench:
     """Build the network and a few batches, all from seed 0."""
     device = torch.device(args.device)
     torch.manual_seed(0)
-    settings = {"attention": args.attention, "activation_checkpointing": args.activation_checkpointing}
+    settings = {"attention": args.attention, "jvp_attention": args.jvp_attention}
+    settings |= {"activation_checkpointing": args.activation_checkpointing}
     net = SiT.of_size(args.size, LatentSpec(tuple(args.latent), CLASSES), patch_size=args.patch, **settings).to(device)
     with torch.no_grad():  # a fresh network multiplies by zeros
         for parameter in net.parameters():
             parameter.normal_(std=0.02)
+    net.check_device(device, torch.bfloat16 if args.precision == "bf16-mixed" else torch.float32)
     x = torch.randn(args.batch, *args.latent, device=device)
     y = torch.randint(CLASSES, (args.batch,), device=device)
     plan = MeanFlowLoss(fm_fraction=args.fm_fraction, label_drop=DropFirstRows(0.1))
@@ -277,6 +279,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tf32", action="store_true", help="TF32 matrix products on a GPU")
     parser.add_argument("--mode", default="eager", choices=["eager", "compiled", "both"])
     parser.add_argument("--attention", default="fused", choices=["fused", "math"], help="where no tangents ride")
+    parser.add_argument("--jvp-attention", default="math", choices=["math", "flash"], help="where tangents ride")
     parser.add_argument("--jvp", choices=["network", "torch"], help="who differentiates (default: the network)")
     parser.add_argument("--jvp-precision", choices=["32-true", "bf16-mixed"], help="a pass of its own for the JVP")
     parser.add_argument("--activation-checkpointing", action="store_true")
@@ -297,7 +300,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     flops, found = forward_flops(args), {}
-    bench = make_bench(args)
+    try:
+        bench = make_bench(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     setting = f"SiT-{args.size}/{args.patch}, latents {tuple(args.latent)}, batch {args.batch}, {args.precision}"
     print(f"{setting}, {device}, torch {torch.__version__}", file=sys.stderr if args.json else sys.stdout)

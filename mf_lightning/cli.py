@@ -12,12 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import InterpolationResolutionError
 
-from mf_lightning.callbacks import EMA, SampleEval, SampleGrid, SampleWriter
+from mf_lightning.callbacks import EMA, SampleEval, SampleGrid, SampleWriter, SelfCheck
 from mf_lightning.data.datamodule import LatentData
 from mf_lightning.module import MeanFlowModule
 from mf_lightning.types import UserError
@@ -73,12 +75,17 @@ class MeanFlowCLI(LightningCLI):
         parser.add_lightning_class_args(SampleEval, "sample_eval")
         parser.add_lightning_class_args(SampleGrid, "sample_grid")
         parser.add_lightning_class_args(SampleWriter, "sample_writer")
+        parser.add_lightning_class_args(SelfCheck, "self_check")
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint: Lightning would let them win over the command line, silently."""
 
     def before_instantiate_classes(self) -> None:
-        """Give `validate`, `test` and `predict` a metrics file of their own."""
+        """Give `validate`, `test` and `predict` a metrics file of their own; no bar where none is wanted."""
+        trainer = self._get(self.config, "trainer")
+        if trainer.enable_progress_bar is False:  # Lightning refuses the two together
+            bar = "lightning.pytorch.callbacks.TQDMProgressBar"
+            trainer.callbacks = [callback for callback in trainer.callbacks or [] if callback.class_path != bar]
         for logger in self._get(self.config, "trainer.logger") or []:
             if self.subcommand not in (None, "fit") and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
                 logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
@@ -149,6 +156,7 @@ def _command_line(args: list[str], *, given: list[str], subcommands: bool) -> Me
         ".*isinstance.*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+    warnings.filterwarnings("ignore", "To copy construct from a tensor", module=".*lr_monitor")
     # "${...}" is resolved once, after all files and options have met; relative, because a subcommand's keys lie below its name
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python.*")
@@ -179,6 +187,13 @@ def main(args: list[str] | None = None) -> None:
         print(
             f"error: Got a setting that could not be resolved: {str(error).splitlines()[0]}, expected every ${{...}} of "
             "the config to exist. Set the environment variable, or give the setting itself.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except MisconfigurationException as error:
+        print(
+            f"error: Got trainer settings that Lightning refuses ({error}), expected devices and options that are there: this "
+            f"machine has {torch.cuda.device_count()} GPUs. Change trainer.accelerator, trainer.devices or what it names.",
             file=sys.stderr,
         )
         sys.exit(2)

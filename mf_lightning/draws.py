@@ -33,6 +33,7 @@ class Stream(IntEnum):
     SAMPLE_NOISE = 9
     SAMPLE_LABEL = 10
     SYNTHETIC = 11
+    SELF_CHECK = 12
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:

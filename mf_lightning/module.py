@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mf_lightning.flow.meanflow import MeanFlowLoss
-from mf_lightning.types import LatentBatch, LatentSpec, LossTerms, UserError
+from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator
+from mf_lightning.optim import compile_step, plain_rates
+from mf_lightning.types import AverageVelocity, LatentBatch, LatentSpec, LossTerms, UserError
 
 CHECKPOINT_FORMAT = 1
 
@@ -27,6 +30,10 @@ class MeanFlowModule(LightningModule):
         optimizer: ``class_path`` and ``init_args`` of a torch optimizer.
         lr_schedule: ``class_path`` and ``init_args`` of a scheduler that steps with the optimizer; null keeps the rate.
         seed: of times, noise and label drop: with the optimizer step and the row it decides every draw.
+        compile: run the training step's network passes, the optimizer with its EMA, and sampling under torch.compile. The first
+            steps take minutes; validation losses stay plain.
+        cuda_graphs: capture sampling in CUDA graphs, which spares a small network the launch of its kernels; with compile.
+        tf32: let a GPU round float32 factors to 10 bits in matrix products and convolutions: faster, less exact.
     """
 
     def __init__(
@@ -36,6 +43,9 @@ class MeanFlowModule(LightningModule):
         optimizer: Callable[[Any], Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler] | None = None,
         seed: int = 0,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+        tf32: bool = False,
     ) -> None:
         super().__init__()
         self.make_net = net
@@ -44,6 +54,13 @@ class MeanFlowModule(LightningModule):
         self.optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.seed = seed
+        self.compiled = compile
+        self.cuda_graphs = cuda_graphs
+        self.tf32 = tf32
+        self.passes = PLAIN
+        """How the loss calls the network in training."""
+        self._compiled_generator: AverageVelocity | None = None
+        self._gradient_norm: Tensor | None = None
         self.last_terms: LossTerms | None = None
         """Terms of the newest training batch, for guards and logs."""
         self._loaded_steps = 0
@@ -53,17 +70,52 @@ class MeanFlowModule(LightningModule):
         """Optimizer steps behind the weights, also where a checkpoint was loaded only to be scored."""
         return max(self.global_step, self._loaded_steps)
 
+    @property
+    def generator(self) -> AverageVelocity:
+        """The network as samplers call it, compiled if asked for."""
+        return self._compiled_generator or self.net
+
     def configure_model(self) -> None:
         """Make the network once the data set's shape is known."""
         if self.net is None:
             self.net = self.make_net(self.trainer.datamodule.latent_spec)
+        device = self.trainer.strategy.root_device
+        self._choose_arithmetic(device)
+        if self.compiled:
+            self.passes = Passes.compiled(device)
+            mode = "reduce-overhead" if self.cuda_graphs else None
+            self._compiled_generator = compiled_generator(self.net, mode=mode)
+
+    def _choose_arithmetic(self, device: torch.device) -> None:
+        """Set TF32 for the whole process, both ways: torch alone would leave it on for convolutions."""
+        if self.loss.jvp == "torch" and getattr(self.net, "jvp_attention", None) == "flash":
+            raise UserError(
+                "Got model.loss.init_args.jvp = torch with model.net.init_args.jvp_attention = flash, expected the network's "
+                "own tangents under that kernel: torch.func.jvp uses math attention. Set jvp to null, or jvp_attention to math."
+            )
+        if self.tf32 and device.type != "cuda":
+            raise UserError(f"Got model.tf32 = true on {device}, expected a GPU: TF32 is an Nvidia format. Set it to false.")
+        if self.cuda_graphs and not (self.compiled and device.type == "cuda"):
+            raise UserError(
+                f"Got model.cuda_graphs = true on {device} with model.compile = {str(self.compiled).lower()}, expected a GPU "
+                "and compilation. Set model.compile to true on a GPU, or model.cuda_graphs to false."
+            )
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
 
     def configure_optimizers(self) -> Any:
         """Return the configured optimizer and, if there is one, its schedule by optimizer step."""
         optimizer = self.optimizer([p for p in self.net.parameters() if p.requires_grad])
+        if self.compiled:
+            compile_step(optimizer)
         if self.lr_schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_schedule(optimizer), "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Let the network try what may not run on this device or in this precision."""
+        if hasattr(self.net, "check_device"):
+            low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+            self.net.check_device(self.device, low.get(str(self.trainer.precision), self.dtype))
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """Return the weighted loss of this device's rows."""
@@ -74,7 +126,8 @@ class MeanFlowModule(LightningModule):
             step=self.global_step,
             global_batch_size=self.trainer.datamodule.batch_size,
         )
-        terms = self.last_terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null)
+        how = {"y_null": self.net.y_null, "passes": self.passes}
+        terms = self.last_terms = self.loss(self.net, batch.x, self._labels(batch), draw, **how)
         self._log_terms("train", terms, jumps=int((draw.r < draw.t).sum()))
         return terms.loss
 
@@ -103,25 +156,32 @@ class MeanFlowModule(LightningModule):
         if self.loss.fm_fraction < 1:  # mean over r < t rows; a process without any logs it with weight 0, or others wait
             self.log(f"{stage}/dudt_norm", terms.dudt_norm.sum() / max(jumps, 1), **{**how, "batch_size": jumps})
 
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of this step's gradient before clipping, computed once a step, without waiting for the device."""
+        if self._gradient_norm is None:
+            self._gradient_norm = get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+        return self._gradient_norm
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says and log the norm before clipping, in one pass over the gradients."""
+        """Clip as the trainer says and log the norm before clipping."""
+        norm, self._gradient_norm = self.gradient_norm(), None
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        elif gradient_clip_val is not None:
+            clip_grads_with_norm_(self.net.parameters(), gradient_clip_val, norm)
         self.log("train/grad_norm", norm, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a stranger needs to read the file: its format and the network's class and settings."""
         checkpoint["format_version"] = CHECKPOINT_FORMAT
         checkpoint["net"] = describe_net(self.net)
+        for state in checkpoint.get("optimizer_states", []):
+            plain_rates(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another format or architecture.

@@ -96,8 +96,10 @@ class LossTerms:
     """(B,) ``||u - u_tgt||^2`` summed over pixels, before the adaptive weight."""
     velocity_error: Tensor
     """(B,) ``||u - v_t||^2`` summed over pixels."""
+    dudt: Tensor
+    """(B, C, H, W) total derivative; 0 on r = t rows, where it is not needed."""
     dudt_norm: Tensor
-    """(B,) L2 norm over pixels of the total derivative; 0 on r = t rows, where it is not needed."""
+    """(B,) its L2 norm over pixels."""
     u: Tensor
     """(B, C, H, W) network output, detached."""
     u_tgt: Tensor

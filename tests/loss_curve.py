@@ -46,7 +46,7 @@ class Recorder(Callback):
         )
 
 
-def record(root: Path) -> list[dict[str, float]]:
+def record(root: Path, self_check: bool = True) -> list[dict[str, float]]:
     """Run the recipe for a few steps in float64 and return each step's numbers."""
     options = {
         "trainer.default_root_dir": root,
@@ -56,6 +56,7 @@ def record(root: Path) -> list[dict[str, float]]:
         "trainer.enable_progress_bar": "false",
         "trainer.enable_model_summary": "false",
         "sample_eval.num_samples": 0,
+        "self_check.enabled": str(self_check).lower(),
     }
     cli = load(["--config", str(RECIPES / "smoke.yaml"), *(f"--{key}={value}" for key, value in options.items())])
     recorder = Recorder()

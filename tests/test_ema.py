@@ -16,6 +16,7 @@ class Module(nn.Module):
         self.net = nn.Linear(2, 2, bias=False)
         self.net.register_buffer("fixed", torch.ones(1))
         self.device = torch.device("cpu")
+        self.compiled = False
 
 
 def trainer(step: int = 0, training: bool = True):

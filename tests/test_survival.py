@@ -48,16 +48,36 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
 
 
-def test_guard_stops_at_a_gradient_that_is_not_finite():
-    trainer = SimpleNamespace(global_step=5, global_rank=0, default_root_dir="nowhere")
-    module = SimpleNamespace(net=torch.nn.Linear(2, 1), last_terms=SimpleNamespace(raw_error=torch.tensor([1.0, 3.0])))
-    guard = NonFiniteGuard()
-    guard.on_before_backward(trainer, module, torch.tensor(1.0))
-    module.net.weight.grad = torch.tensor([[1.0, 2.0]])
+def step_of(guard: NonFiniteGuard, step: int, *, loss: float = 1.0, norm: float = 1.0) -> SimpleNamespace:
+    """Show the guard one optimizer step; the trainer is returned."""
+    trainer = SimpleNamespace(global_step=step, global_rank=0, default_root_dir="nowhere")
+    module = SimpleNamespace(
+        last_terms=SimpleNamespace(raw_error=torch.tensor([1.0, loss])), gradient_norm=lambda: torch.tensor(norm)
+    )
+    guard.on_before_backward(trainer, module, torch.tensor(loss))
     guard.on_before_optimizer_step(trainer, module, None)
-    module.net.weight.grad = torch.tensor([[1.0, float("inf")]])
-    with pytest.raises(UserError, match=r"gradient of norm inf at step 5, process 0, largest raw error 3"):
-        guard.on_before_optimizer_step(trainer, module, None)
+    return trainer
+
+
+def test_guard_stops_at_a_gradient_that_is_not_finite():
+    guard = NonFiniteGuard()
+    guard.deferred = False
+    step_of(guard, 4)
+    with pytest.raises(UserError, match=r"gradient of norm inf at step 5, process 0, largest raw error 1"):
+        step_of(guard, 5, norm=float("inf"))
+
+
+def test_on_a_gpu_the_guard_reads_a_step_later_and_before_anything_is_kept():
+    guard = NonFiniteGuard()
+    guard.deferred = True  # as on_train_start decides on a GPU
+    step_of(guard, 4)
+    step_of(guard, 5, loss=float("nan"))
+    with pytest.raises(UserError, match=r"loss of nan at step 5, process 0, rows \[1\]"):
+        step_of(guard, 6)
+    for keep in (guard.on_save_checkpoint, guard.on_validation_start, guard.on_train_end):
+        trainer = step_of(guard, 7, norm=float("nan"))
+        with pytest.raises(UserError, match=r"gradient of norm nan at step 7"):
+            keep(trainer, None, *([{}] if keep == guard.on_save_checkpoint else []))
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):

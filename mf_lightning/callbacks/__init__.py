@@ -7,6 +7,7 @@ from mf_lightning.callbacks.guards import NonFiniteGuard
 from mf_lightning.callbacks.run_summary import RunSummary
 from mf_lightning.callbacks.sample_eval import SampleEval
 from mf_lightning.callbacks.sample_grid import SampleGrid, SampleWriter
+from mf_lightning.callbacks.self_check import SelfCheck
 
 __all__ = [
     "EMA",
@@ -19,4 +20,5 @@ __all__ = [
     "SampleEval",
     "SampleGrid",
     "SampleWriter",
+    "SelfCheck",
 ]

@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from mf_lightning.optim import average, compiled_average
 from mf_lightning.types import UserError
 
 
@@ -38,6 +39,7 @@ class EMA(Callback):
         self.updates = 0
         self.weights: dict[float, dict[str, Tensor]] = {}
         self._seen_step = 0
+        self._average = average
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start every average at the weights, or where the checkpoint left it."""
@@ -45,6 +47,7 @@ class EMA(Callback):
             if decay not in self.weights:
                 self.weights[decay] = {name: self._home(p.detach().clone()) for name, p in _parameters(pl_module)}
         self._to_device(pl_module)
+        self._average = compiled_average() if pl_module.compiled and not self.on_cpu else average
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the optimizer step, which a resumed trainer knows only now."""
@@ -76,7 +79,7 @@ class EMA(Callback):
         current = [self._home(p.detach()) for _, p in _parameters(pl_module)]
         for decay in self.decays:
             now = min(decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else decay
-            torch._foreach_lerp_(list(self.weights[decay].values()), current, 1 - now)
+            self._average(list(self.weights[decay].values()), current, 1 - now)
         self.updates += 1
 
     @contextmanager

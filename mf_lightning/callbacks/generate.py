@@ -101,18 +101,27 @@ def generate(
     try:
         with bar, find_ema(trainer).applied(pl_module, ema):
             for part in index.split(batch_size):
-                on_device = part.to(pl_module.device)
+                # compiled graphs have one size: the last batch is filled up with images that are thrown away
+                filled = part if not pl_module.compiled else _fill(part, min(batch_size, len(index)))
+                on_device = filled.to(pl_module.device)
                 noise = draws.normal(
                     seed, Stream.SAMPLE_NOISE, step=0, rows=on_device, shape=data.latent_spec.shape, dtype=dtype
                 )
                 y = choose_labels(labels, on_device, num_classes=num_classes, seed=seed)
-                counted = CountedPasses(net)
+                counted = CountedPasses(pl_module.generator)
                 with trainer.precision_plugin.forward_context():
                     latents = sample(counted, noise, y=y, grid=time_grid(num_steps))
-                yield Images(data.decode(latents), y, part, counted.passes)
+                kept = slice(0, len(part))
+                labels_kept = None if y is None else y[kept]
+                yield Images(data.decode(latents[kept]), labels_kept, part, counted.passes)
                 bar.update(len(part))
     finally:
         net.train(was_training)
+
+
+def _fill(index: Tensor, size: int) -> Tensor:
+    """Repeat the last number until there are ``size``."""
+    return torch.cat([index, index[-1:].expand(size - len(index))])
 
 
 class Stopwatch:

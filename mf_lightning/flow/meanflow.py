@@ -175,6 +175,7 @@ class MeanFlowLoss:
             loss=(self.weight(raw_error) * raw_error).mean(),
             raw_error=raw_error.detach(),
             velocity_error=_sum_of_squares(u.detach() - v_t),
+            dudt=dudt,
             dudt_norm=_sum_of_squares(dudt).sqrt(),
             u=u.detach(),
             u_tgt=u_tgt,
@@ -231,7 +232,7 @@ class MeanFlowLoss:
             at = to_device(plan.rows, device)
             labels = y[at]
             labels[: plan.unconditional] = y_null
-            with _without_dropout(net):
+            with without_dropout(net):
                 velocity = passes.u(net, z_t[at], t=t[at], r=t[at], y=labels).to(z_t.dtype)
             # casts of the weights made here have no graph; the gradient forward must not find them in autocast's cache
             torch.clear_autocast_cache()
@@ -280,7 +281,7 @@ def _per_row(mask: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _without_dropout(net: AverageVelocity):
+def without_dropout(net: AverageVelocity):
     """Switch active dropout off: the official code takes guidance velocities without it."""
     active = _dropouts(net)
     for module in active:

@@ -65,6 +65,23 @@ class Passes:
         return -(-count // step) * step
 
 
+def compiled_generator(net: AverageVelocity, *, mode: str | None = None) -> AverageVelocity:
+    """Return the network as samplers call it (algorithm 2), compiled, one graph for each batch size.
+
+    Args:
+        net: average velocity; its weights may be exchanged between calls.
+        mode: torch.compile's; "reduce-overhead" captures CUDA graphs.
+    """
+    call = torch.compile(average_velocity, fullgraph=True, dynamic=False, mode=mode)
+
+    def generator(z_t: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None) -> Tensor:
+        if mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # the last pass's output may now be written over
+        return call(net, z_t, t=t, r=r, y=y)
+
+    return generator
+
+
 PLAIN = Passes()
 """Plain torch, exact row counts."""
 

@@ -7,17 +7,16 @@ Source: willisma/SiT 947f95b (adaLN-zero blocks) with the second time embedder o
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mf_lightning.nets import dual
+from mf_lightning.nets import dual, kernels
+from mf_lightning.nets.blocks import FinalLayer, SiTBlock
 from mf_lightning.nets.dual import Dual
 from mf_lightning.nets.embed import LabelEmbedder, TimeEmbedder, position_table
 from mf_lightning.types import LatentSpec, UserError
@@ -35,72 +34,6 @@ TIME_INPUTS = {"t,h": ("t", "h"), "t,r": ("t", "r"), "t,r,h": ("t", "r", "h"), "
 """Which times the network sees, h = t - r: MeanFlow table 1c; each gets an embedder of its own."""
 
 
-class SiTAttention(Attention):
-    """timm's self-attention on dual numbers: (B, T, D) => (B, T, D)."""
-
-    def forward(self, x: Dual) -> Dual:
-        qkv = dual.linear(self.qkv, x)
-        q, k, v = (dual.same(lambda a, i=i: self._heads(a)[i], qkv) for i in range(3))
-        if not isinstance(self.q_norm, nn.Identity):
-            q, k = dual.layer_norm(self.q_norm, q), dual.layer_norm(self.k_norm, k)
-        if self.fused_attn:
-            o = F.scaled_dot_product_attention(q.x, k.x, v.x)
-        else:
-            o = ((q.x * self.scale) @ k.x.transpose(-2, -1)).softmax(dim=-1) @ v.x
-        do = None
-        if x.dx is not None:
-            with torch.no_grad():
-                do = dual.attention_tangent(q, k, v, self.scale)
-        return dual.linear(self.proj, dual.same(lambda a: a.transpose(1, 2).flatten(2), Dual(o, do)))
-
-    def _heads(self, qkv: Tensor) -> Tensor:
-        """(B, T, 3 D) => (3, B, heads, T, d)."""
-        return qkv.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-
-
-class SiTBlock(nn.Module):
-    """Attention and MLP, each scaled, shifted and gated by the condition (adaLN-zero): (B, T, D), (B, D) => (B, T, D)."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, fused: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = SiTAttention(
-            hidden_size, num_heads=num_heads, qkv_bias=True, qk_norm=qk_norm, norm_layer=partial(nn.LayerNorm, eps=1e-6)
-        )
-        self.attn.fused_attn = fused
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, x: Dual, c: Dual) -> Dual:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _condition(self.adaLN_modulation, c, 6)
-        x = dual.add_gated(x, gate_a, self.attn(dual.modulate(dual.layer_norm(self.norm1, x), shift_a, scale_a)))
-        hidden = dual.modulate(dual.layer_norm(self.norm2, x), shift_m, scale_m)
-        hidden = dual.linear(self.mlp.fc2, dual.gelu_tanh(dual.linear(self.mlp.fc1, hidden)))
-        return dual.add_gated(x, gate_m, hidden)
-
-
-class FinalLayer(nn.Module):
-    """Tokens => pixels of their patches: (B, T, D), (B, D) => (B, T, p p C)."""
-
-    def __init__(self, hidden_size: int, patch_values: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden_size, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(self, x: Dual, c: Dual) -> Dual:
-        shift, scale = _condition(self.adaLN_modulation, c, 2)
-        return dual.linear(self.linear, dual.modulate(dual.layer_norm(self.norm_final, x), shift, scale))
-
-
-def _condition(layers: nn.Sequential, c: Dual, parts: int) -> list[Dual]:
-    """Return ``parts`` vectors of width D: (B, D) => (B, parts D), cut."""
-    out = dual.linear(layers[-1], dual.silu(c))
-    tangents = [None] * parts if out.dx is None else out.dx.chunk(parts, dim=1)
-    return [Dual(x, dx) for x, dx in zip(out.x.chunk(parts, dim=1), tangents, strict=True)]
-
-
 class SiT(nn.Module):
     """Average-velocity network ``u(z_t, r, t | y)``: a transformer on patches of latents.
 
@@ -116,6 +49,8 @@ class SiT(nn.Module):
         time_inputs: times the network sees, h = t - r; "t,h" is the paper's best.
         qk_norm: normalise queries and keys, which keeps attention logits bounded in low precision.
         attention: "fused" uses scaled_dot_product_attention (its math form under a JVP), "math" plain matrix products.
+        jvp_attention: attention under the tangents: "math" plain matrix products, "flash" the kernel of the package
+            jvp-flash-attention (extra ``kernels``, GPU only).
         activation_checkpointing: keep only what goes in and out of each block for the backward pass and compute the rest
             again: less memory, a forward's more time. Tangents are not computed again.
     """
@@ -135,6 +70,7 @@ class SiT(nn.Module):
         time_inputs: Literal["t,h", "t,r", "t,r,h", "h"] = "t,h",
         qk_norm: bool = False,
         attention: Literal["fused", "math"] = "fused",
+        jvp_attention: Literal["math", "flash"] = "math",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -146,6 +82,9 @@ class SiT(nn.Module):
         fused = _look_up("attention", attention, {"fused": True, "math": False})
         self.activation_checkpointing = activation_checkpointing
         self.grid = (height // patch_size, width // patch_size)
+        self.jvp_attention = jvp_attention
+        if _look_up("jvp_attention", jvp_attention, {"flash": True, "math": False}):
+            kernels.check_shapes(self.grid[0] * self.grid[1], hidden_size // num_heads)
         self.config = {
             "latent_shape": list(latent.shape),
             "num_classes": self.num_classes,
@@ -165,6 +104,8 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(self.num_classes, hidden_size) if self.num_classes else None
         self.register_buffer("pos_embed", torch.empty(1, self.grid[0] * self.grid[1], hidden_size))
         self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused) for _ in range(depth))
+        for block in self.blocks:
+            block.attn.flash_tangents = jvp_attention == "flash"
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
         self.initialize_weights()
 
@@ -178,6 +119,21 @@ class SiT(nn.Module):
     def y_null(self) -> int | None:
         """The null label, ``num_classes``; None for an unconditional network."""
         return self.num_classes or None
+
+    def check_device(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Try on a device what may not run there: the fused kernel under the tangents, against math attention.
+
+        Args:
+            device: where the network will run.
+            dtype: of its activations.
+
+        Raises:
+            UserError: the kernel does not run there, or is wrong there.
+        """
+        if self.jvp_attention == "flash":
+            attention = self.blocks[0].attn
+            shape = {"tokens": self.pos_embed.shape[1], "num_heads": attention.num_heads, "head_size": attention.head_dim}
+            kernels.check_kernel(device, **shape, dtype=dtype)
 
     def initialize_weights(self) -> None:
         """Initialise as the original: Xavier for linear layers, 0.02 for embeddings, zero where adaLN-zero asks for it."""

@@ -1,0 +1,79 @@
+"""The weights' update as one compiled graph: optimizer step and moving average, many small operations each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mf_lightning.types import UserError
+
+
+def compile_step(optimizer: Optimizer) -> None:
+    """Replace ``optimizer.step`` by a compiled one, in place; call it before a learning-rate schedule is made.
+
+    Learning rates become tensors, so that a schedule does not compile anew at each step. torch leaves fused optimizers
+    (``fused: true``) out of compilation; such a step is one kernel already and stays as it is.
+
+    Args:
+        optimizer: any optimizer of torch whose step compiles without graph breaks (Adam, AdamW, SGD, ...).
+
+    Raises:
+        UserError: the optimizer keeps its learning rate from being a tensor.
+    """
+    if any(group.get("fused") for group in optimizer.param_groups):
+        return
+    if any(group.get("foreach") and not group.get("capturable") for group in optimizer.param_groups):
+        raise UserError(
+            "Got model.compile = true with foreach = true for the optimizer, expected foreach left out: compilation needs "
+            "the learning rate as a tensor, which torch refuses there. Leave foreach out (compiled, it is fused anyway), or "
+            "set fused = true."
+        )
+    update = torch.no_grad()(partial(inspect.unwrap(type(optimizer).step), optimizer))  # without hooks that break the graph
+    compiled = torch.compile(lambda: update(), fullgraph=True, dynamic=False)
+
+    def step(self: Optimizer, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if not isinstance(group["lr"], Tensor):  # at the start, and again after a checkpoint was loaded
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+        compiled()
+        return loss
+
+    optimizer.step = MethodType(step, optimizer)  # a method: schedules wrap it to see that it is called
+
+
+def plain_rates(optimizer_state: dict) -> None:
+    """Make learning rates plain numbers in an optimizer's state, in place: no checkpoint depends on compilation."""
+    for group in optimizer_state["param_groups"]:
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].item()
+
+
+def average(averages: list[Tensor], weights: list[Tensor], amount: float) -> None:
+    """Move averages towards weights, ``w <- w + amount (theta - w)``, in place, in few kernels."""
+    torch._foreach_lerp_(averages, weights, amount)
+
+
+def compiled_average() -> Callable[[list[Tensor], list[Tensor], float], None]:
+    """Return :func:`average` as one compiled graph for all tensors and every amount."""
+
+    def move(averages: list[Tensor], weights: list[Tensor], amount: Tensor) -> None:
+        for mean, weight in zip(averages, weights, strict=True):
+            mean.lerp_(weight, amount.to(mean.dtype))
+
+    compiled = torch.compile(move, fullgraph=True, dynamic=False)
+
+    def call(averages: list[Tensor], weights: list[Tensor], amount: float) -> None:
+        if averages:
+            compiled(averages, weights, torch.tensor(amount, dtype=torch.float64, device=averages[0].device))
+
+    return call
