@@ -84,7 +84,7 @@ class MeanFlowCLI(LightningCLI):
         """Give `validate`, `test` and `predict` a metrics file of their own; no bar where none is wanted."""
         trainer = self._get(self.config, "trainer")
         if trainer.enable_progress_bar is False:  # Lightning refuses the two together
-            bar = "lightning.pytorch.callbacks.TQDMProgressBar"
+            bar = "mf_lightning.callbacks.TrainingBar"
             trainer.callbacks = [callback for callback in trainer.callbacks or [] if callback.class_path != bar]
         for logger in self._get(self.config, "trainer.logger") or []:
             if self.subcommand not in (None, "fit") and logger.class_path == "mf_lightning.callbacks.MetricsCSV":

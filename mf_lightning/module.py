@@ -151,7 +151,7 @@ class MeanFlowModule(LightningModule):
         rows = len(terms.raw_error)
         how = {"batch_size": rows, "sync_dist": stage != "train"}
         self.log(f"{stage}/loss", terms.loss.detach(), **how)
-        self.log(f"{stage}/raw_error", terms.raw_error.mean(), prog_bar=stage == "train", **how)
+        self.log(f"{stage}/raw_error", terms.raw_error.mean(), **how)
         self.log(f"{stage}/velocity_error", terms.velocity_error.mean(), **how)
         if self.loss.fm_fraction < 1:  # mean over r < t rows; a process without any logs it with weight 0, or others wait
             self.log(f"{stage}/dudt_norm", terms.dudt_norm.sum() / max(jumps, 1), **{**how, "batch_size": jumps})

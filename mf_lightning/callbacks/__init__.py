@@ -8,6 +8,7 @@ from mf_lightning.callbacks.run_summary import RunSummary
 from mf_lightning.callbacks.sample_eval import SampleEval
 from mf_lightning.callbacks.sample_grid import SampleGrid, SampleWriter
 from mf_lightning.callbacks.self_check import SelfCheck
+from mf_lightning.callbacks.training_bar import TrainingBar
 
 __all__ = [
     "EMA",
@@ -21,4 +22,5 @@ __all__ = [
     "SampleGrid",
     "SampleWriter",
     "SelfCheck",
+    "TrainingBar",
 ]
