@@ -40,8 +40,8 @@ def total_derivative(net: AverageVelocity, z_t: Tensor, v_g: Tensor, *, t: Tenso
     def u_of(z: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return net(z, t=t, r=r, y=y)
 
-    # contiguous: the compiler asserts where the layouts of a value and its tangent differ
-    z_t, v_g, t, r = (value.contiguous() for value in (z_t, v_g.to(z_t.dtype), t, r))
+    # copies: the compiler asserts where a value, perhaps a slice, lies in memory otherwise than its tangent
+    z_t, v_g, t, r = (value.clone(memory_format=torch.contiguous_format) for value in (z_t, v_g.to(z_t.dtype), t, r))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         _, dudt = torch.func.jvp(u_of, (z_t, t, r), (v_g, torch.ones_like(t), torch.zeros_like(r)))
     return dudt

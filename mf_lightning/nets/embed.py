@@ -17,7 +17,7 @@ FREQUENCIES = 256
 class TimeEmbedder(nn.Module):
     """Sinusoids of a time, then two linear layers: (B,) => (B, D).
 
-    The sinusoids are computed in float32 at least: in bfloat16 times a hundredth apart would look the same.
+    In float32 at least, under autocast as well: in bfloat16 times a hundredth apart would look the same.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -26,6 +26,10 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor, rows: int | None = None) -> Dual:
         """Return the embedding, with the derivative by ``t`` of the last ``rows`` rows; None gives none."""
+        with torch.autocast(t.device.type, enabled=False):
+            return self._embed(t, rows)
+
+    def _embed(self, t: Tensor, rows: int | None) -> Dual:
         half = FREQUENCIES // 2
         dtype = torch.promote_types(t.dtype, torch.float32)
         frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=dtype, device=t.device) / half)
