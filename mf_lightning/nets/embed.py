@@ -26,6 +26,8 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor, rows: int | None = None) -> Dual:
         """Return the embedding, with the derivative by ``t`` of the last ``rows`` rows; None gives none."""
+        if t.is_meta:  # knows no autocast
+            return self._embed(t, rows)
         with torch.autocast(t.device.type, enabled=False):
             return self._embed(t, rows)
 
