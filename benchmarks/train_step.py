@@ -18,10 +18,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory speaks on every start and stop
 
 import torch
 from torch import Tensor, nn
@@ -159,44 +158,57 @@ def seconds(bench: Bench, loss: Callable[[Draw], Tensor], number: int) -> float:
     return time.perf_counter() - start
 
 
-def saved_bytes(bench: Bench, loss: Callable[[Draw], Tensor]) -> int:
-    """Return the bytes that autograd keeps for the backward pass, each storage once, parameters left out."""
-    kept: dict[int, int] = {}
-    ours = {p.untyped_storage().data_ptr() for p in bench.net.parameters()}
-
-    def pack(value: Tensor) -> Tensor:
-        inner = value
-        while torch._C._functorch.is_functorch_wrapped_tensor(inner):  # primal and tangent of the naive form
-            inner = torch._C._functorch.get_unwrapped(inner)
-        storage = inner.untyped_storage()
-        if storage.data_ptr() not in ours:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), bench.autocast():
-        value = loss(bench.draws[0])
-    value.backward()
-    return sum(kept.values())
-
-
-def peak_bytes(bench: Bench, loss: Callable[[Draw], Tensor]) -> int:
-    """Return the most memory that a step holds above what lay there before it (weights, batches)."""
-    bench.net.zero_grad(set_to_none=True)
+def memory(bench: Bench, run: Callable[[], object]) -> tuple[int, int]:
+    """Return the bytes that are alive after a call and the most during it, above what lay there before (weights, batches)."""
     device = bench.x.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        bench.step(loss, 0)
+        kept = run()
         synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        bench.step(loss, 0)
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
+        after, most = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        del kept
+        return after - before, most - before
+    with quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = run()
+    now = most = 0
+    for event in found.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+            most = max(most, now)
+    del kept
+    return now, most
+
+
+def saved_bytes(bench: Bench, loss: Callable[[Draw], Tensor]) -> int:
+    """Return the bytes that are alive between a loss and its backward pass: what autograd keeps for it."""
+    bench.net.zero_grad(set_to_none=True)
+
+    def run() -> Tensor:
+        with bench.autocast():
+            return loss(bench.draws[0])
+
+    return memory(bench, run)[0]
+
+
+def peak_bytes(bench: Bench, loss: Callable[[Draw], Tensor]) -> int:
+    """Return the most memory that a step holds above what lay there before it; the gradients are part of it."""
+    bench.net.zero_grad(set_to_none=True)
+    return memory(bench, lambda: bench.step(loss, 0))[1]
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Keep torch's profiler, which announces each start from C++, from writing between the lines of the table."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def measure(bench: Bench, mode: str, args: argparse.Namespace) -> dict[str, dict]:
@@ -209,7 +221,7 @@ def measure(bench: Bench, mode: str, args: argparse.Namespace) -> dict[str, dict
                 bench.step(loss, number)
             results[name] = {"first_seconds": time.perf_counter() - start}
             results[name]["peak_bytes"] = peak_bytes(bench, loss)
-            results[name]["saved_bytes"] = None if mode == "compiled" else saved_bytes(bench, loss)
+            results[name]["saved_bytes"] = saved_bytes(bench, loss)
         except Exception as error:
             if not name.startswith("naive"):
                 raise
@@ -258,11 +270,10 @@ def table(results: dict[str, dict]) -> str:
         if "error" in row:
             lines.append(f"{name:16}{row['error']}")
             continue
-        saved = "-" if row["saved_bytes"] is None else f"{row['saved_bytes'] / 1e6:.1f}"
         mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
         lines.append(
             f"{name:16}{row['seconds']:>9.4f}{row['images_per_second']:>10.1f}{row['ratio']:>8.3f}"
-            f"{row['peak_bytes'] / 1e6:>10.1f}{saved:>10}{mfu:>8}"
+            f"{row['peak_bytes'] / 1e6:>10.1f}{row['saved_bytes'] / 1e6:>10.1f}{mfu:>8}"
         )
     return "\n".join(lines)
 

@@ -23,7 +23,6 @@ def test_train_step_prints_ratios_last():
         assert {"seconds", "images_per_second", "ratio", "peak_bytes", "saved_bytes", "mfu"} <= set(row)
     assert rows["fm"]["ratio"] == 1
     assert rows["none"]["saved_bytes"] <= 1.05 * rows["fm"]["saved_bytes"]
-    assert rows["naive_none"]["saved_bytes"] > 1.05 * rows["fm"]["saved_bytes"]  # the tangents' graph
     assert "images/s" in result.stdout
 
 
