@@ -4,7 +4,7 @@ BIN := .venv/bin
 DIGITS := datasets/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-all test-slow-share bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ test-all: .venv/.dev ## the slow tests too: the whole quickstart, two processes,
 
 test-slow-share: .venv/.dev
 	$(BIN)/python -m pytest -m slow -k "not quickstart"
+
+bench: .venv/.dev ## the training step against flow matching, and sampling: figures of this machine, about 5 minutes
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/sample.py
 
 lint: .venv/.dev ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -50,6 +50,17 @@ def test_the_naive_form_is_the_same_loss():
         assert (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[1].norm()
 
 
+@pytest.mark.parametrize("checkpointing", [[], ["--activation-checkpointing"]], ids=["plain", "checkpointing"])
+def test_a_meanflow_step_keeps_no_more_memory_than_flow_matching(checkpointing):
+    """Counted as live memory: what a checkpoint keeps is not seen by saved-tensor hooks."""
+    args = train_step.parse(["--latent", "4", "8", "8", "--batch", "16", *checkpointing])
+    bench = train_step.make_bench(args)
+    losses = {name: train_step.meanflow(bench, train_step.PLAIN, g, args) for name, g in train_step.GUIDANCES.items()}
+    plain = train_step.saved_bytes(bench, train_step.flow_matching(bench, train_step.PLAIN))
+    for name, loss in losses.items():
+        assert train_step.saved_bytes(bench, loss) <= 1.05 * plain, name
+
+
 @pytest.mark.parametrize("file", ["train_step.py", "sample.py"])
 def test_a_device_that_is_not_there_is_a_clear_error(file):
     if torch.cuda.is_available():

@@ -309,6 +309,18 @@ def write(path, text):
         ("ema: {decays: [1.5]}", "Got ema.decays = [1.5]"),
         ("data: {class_path: mf_lightning.data.LatentDataModule, init_args: {path: absent}}", "Got the data set path 'absent'"),
         ("data: {class_path: mf_lightning.data.SevenSegmentDataModule, init_args: {batch_size: 0}}", "Got data.batch_size = 0"),
+        ("trainer: {accelerator: gpu}", "this machine has 0 GPUs. Change trainer.accelerator"),
+        ("model: {tf32: true}", "Got model.tf32 = true on cpu, expected a GPU"),
+        ("model: {cuda_graphs: true, compile: true}", "Got model.cuda_graphs = true on cpu with model.compile = true"),
+        (
+            "model: {net: {class_path: mf_lightning.nets.SiT, init_args: {jvp_attention: flash, hidden_size: 72}}}",
+            "Got model.net.init_args.jvp_attention = flash with 16 tokens, expected a multiple of 32",
+        ),
+        (
+            "model: {loss: {class_path: mf_lightning.flow.MeanFlowLoss, init_args: {jvp_precision: 32-true}}}\n"
+            "trainer: {precision: 64-true}",
+            "Got model.loss.init_args.jvp_precision = 32-true for data in torch.float64",
+        ),
     ],
 )
 def test_bad_settings_end_in_one_message(tmp_path, capsys, text, message):

@@ -236,7 +236,7 @@ def test_a_network_without_tangents_is_differentiated_by_torch_or_refused():
     x, y, draw = batch()
     for terms in (MeanFlowLoss()(net, x, y, draw, y_null=4), MeanFlowLoss(jvp="torch")(net, x, y, draw, y_null=4)):
         assert torch.allclose(terms.raw_error, MeanFlowLoss()(net.net, x, y, draw, y_null=4).raw_error, rtol=1e-10)
-    with pytest.raises(UserError, match=r"loss.jvp = network for Dropping.*model.loss.init_args.jvp to torch"):
+    with pytest.raises(UserError, match=r"model.loss.init_args.jvp = network for Dropping.*Set it to torch"):
         MeanFlowLoss(jvp="network")(net, x, y, draw, y_null=4)
 
 

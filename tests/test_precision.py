@@ -90,5 +90,5 @@ def test_a_precision_of_the_jvp_needs_float32_data():
     x, y = torch.randn(4, *SHAPE, dtype=torch.float64), torch.arange(4)
     loss = MeanFlowLoss(fm_fraction=0.5, jvp_precision="32-true")
     draw = loss.draw_training(x, torch.arange(4), seed=0, step=0, global_batch_size=4)
-    with pytest.raises(UserError, match=r"jvp_precision = 32-true for data in torch.float64, expected float32"):
+    with pytest.raises(UserError, match=r"init_args.jvp_precision = 32-true for data in torch.float64, expected float32"):
         loss(net, x, y, draw, y_null=4)

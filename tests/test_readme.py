@@ -1,7 +1,9 @@
 """Every fenced command of the documentation is parsed or run."""
 
+import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,13 @@ def test_training_commands_parse(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, *([] if "--help" in arguments else ["--print_config"])])
     assert stop.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "benchmarks/" in c])
+def test_benchmark_commands_parse(command):
+    words = shlex.split(command)
+    benchmark = importlib.import_module(f"benchmarks.{Path(words[1]).stem}")
+    benchmark.parse(words[2:])
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "-m mf_lightning" in c])

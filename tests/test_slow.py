@@ -1,5 +1,6 @@
-"""Minutes, not seconds: the quickstart to its promised figures, two processes, a built wheel in a new environment."""
+"""Minutes, not seconds: the quickstart to its promised figures, two processes, a compiled run, a built wheel."""
 
+import csv
 import sys
 
 import pytest
@@ -63,6 +64,42 @@ def test_two_processes_train_and_score_as_one(tmp_path):
     for one, other in zip(rows1, rows2, strict=True):
         for key in ("fid", "class_accuracy", "precision", "recall"):
             assert one[key] == pytest.approx(other[key], rel=1e-6), key
+
+
+def test_a_compiled_run_is_the_plain_run_and_goes_on_plain(tmp_path):
+    """One switch: passes, optimizer, EMA and sampling compiled; the checkpoint does not know."""
+    short = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=8", "--sample_eval.num_samples=40"]
+    curves, figures = {}, {}
+    for name, options in {
+        "plain": ["--trainer.max_steps=8"],
+        "compiled": ["--trainer.max_steps=8", "--model.compile=true"],
+        "compiled bf16": ["--trainer.max_steps=8", "--model.compile=true", "--trainer.precision=bf16-mixed"],
+    }.items():
+        root = tmp_path / name
+        result = command_line("fit", *SMOKE, f"--trainer.default_root_dir={root}", *short, *options, timeout=600)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "Self-check passed" in result.stderr
+        assert ("compiled du/dt" in result.stderr) == ("compiled" in name)
+        with (root / "metrics.csv").open() as file:
+            curves[name] = [float(row["train/raw_error"]) for row in csv.DictReader(file) if row["train/raw_error"]]
+        figures[name] = lines(root / "sample_eval.jsonl")[0]
+    assert len(curves["plain"]) == 8
+    assert curves["compiled"] == pytest.approx(curves["plain"], rel=1e-5)
+    assert curves["compiled bf16"] == pytest.approx(curves["plain"], rel=0.02)
+    assert curves["compiled bf16"] != curves["plain"]
+    assert figures["compiled"]["nfe"] == 1  # counted passes
+    resumed = command_line(
+        "fit",
+        *SMOKE,
+        f"--trainer.default_root_dir={tmp_path / 'compiled'}",
+        *short,
+        "--trainer.max_steps=10",
+        "--ckpt_path=last",
+    )
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    state = torch.load(tmp_path / "compiled" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 10
+    assert not any("_orig_mod" in name for name in state["state_dict"])
 
 
 def test_a_built_wheel_carries_configs_and_weights(tmp_path):

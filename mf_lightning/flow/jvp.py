@@ -56,8 +56,8 @@ def choose_jvp(method: JVPMethod | None, net: AverageVelocity) -> JVPMethod:
     has_own = bool(getattr(net, "own_tangents", False))
     if method == "network" and not has_own:
         raise UserError(
-            f"Got loss.jvp = network for {type(net).__name__}, expected a network with own_tangents (its call takes v_g, as "
-            "SiT's does). Set model.loss.init_args.jvp to torch: torch.func.jvp differentiates any network."
+            f"Got model.loss.init_args.jvp = network for {type(net).__name__}, expected a network with own_tangents (its call "
+            "takes v_g, as SiT's does). Set it to torch: torch.func.jvp differentiates any network."
         )
     return method or ("network" if has_own else "torch")
 
@@ -74,8 +74,8 @@ def jvp_precision(precision: JVPPrecision | None, z_t: Tensor) -> Iterator[None]
         return
     if z_t.dtype != torch.float32:
         raise UserError(
-            f"Got loss.jvp_precision = {precision} for data in {z_t.dtype}, expected float32 data and weights. Set "
-            "model.loss.init_args.jvp_precision to null, or trainer.precision to 32-true or bf16-mixed."
+            f"Got model.loss.init_args.jvp_precision = {precision} for data in {z_t.dtype}, expected float32 data and weights. "
+            "Set it to null, or trainer.precision to 32-true or bf16-mixed."
         )
     if precision == "32-true":
         with torch.autocast(z_t.device.type, enabled=False):

@@ -194,9 +194,9 @@ class MeanFlowLoss:
         passes: Passes,
     ) -> tuple[Tensor, Tensor | None]:
         """Return ``u`` of the batch, the only call with a graph, and ``du/dt`` of the rows that need it."""
-        method = choose_jvp(self.jvp, net)
         if not len(v_jump):
             return passes.u(net, z_t, t=t, r=r, y=y), None
+        method = choose_jvp(self.jvp, net)
         if method == "network" and self.jvp_precision is None:
             return passes.u_and_dudt(net, z_t, v_jump, t=t, r=r, y=y)
         u = passes.u(net, z_t, t=t, r=r, y=y)

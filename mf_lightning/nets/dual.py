@@ -12,9 +12,6 @@ Shapes: B batch, J <= B rows with a tangent, ... anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -22,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 aten = torch.ops.aten
-_TANGENTS = ContextVar("tangents", default=True)
 
 
 class Dual(NamedTuple):
@@ -37,21 +33,6 @@ class Dual(NamedTuple):
     def rows(self) -> Tensor:
         """The rows of ``x`` that have a tangent, (J, ...); for use under ``no_grad``."""
         return self.x[len(self.x) - len(self.dx) :]
-
-
-@contextmanager
-def without_tangents() -> Iterator[None]:
-    """Run blocks on values alone: where activations are computed a second time, for the backward pass, tangents are not."""
-    token = _TANGENTS.set(False)
-    try:
-        yield
-    finally:
-        _TANGENTS.reset(token)
-
-
-def tangents_wanted(value: Dual) -> Dual:
-    """Return the value, stripped of its tangent inside :func:`without_tangents`."""
-    return value if _TANGENTS.get() else Dual(value.x)
 
 
 def same(function, value: Dual) -> Dual:

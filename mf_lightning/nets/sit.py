@@ -6,7 +6,6 @@ Source: willisma/SiT 947f95b (adaLN-zero blocks) with the second time embedder o
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -186,13 +185,15 @@ class SiT(nn.Module):
         if torch.compiler.is_compiling():  # the compiler computes again only what the backward pass uses
             return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
 
-        def run(x: Dual, c: Dual) -> Dual:
-            return block(dual.tangents_wanted(x), dual.tangents_wanted(c))
+        tangents = [(x.dx, c.dx)]
 
-        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:  # of the first run and the second
-            return nullcontext(), dual.without_tangents()
+        def run(
+            x: Tensor, c: Tensor
+        ) -> Dual:  # the first run takes the tangents, the second, for the backward pass, finds none
+            dx, dc = tangents.pop() if tangents else (None, None)
+            return block(Dual(x, dx), Dual(c, dc))
 
-        return checkpoint(run, x, c, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(run, x.x, c.x, use_reentrant=False, preserve_rng_state=False)
 
     def _embed_patches(self, z_t: Tensor, v_g: Tensor | None) -> Dual:
         x = self.x_embedder(z_t) + self.pos_embed
