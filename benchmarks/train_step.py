@@ -34,8 +34,6 @@ from mf_lightning.types import LatentSpec, UserError
 
 CLASSES = 1000
 GUIDANCES = {"none": Guidance(), "kappa0": Guidance(omega=2.0), "kappa0.5": Guidance(omega=1.0, kappa=0.5)}
-FORWARDS = {"fm": 3.0, "none": 3.5, "kappa0": 4.4, "kappa0.5": 4.65}
-"""Forwards of the batch that a step is worth: a backward pass is two, a JVP of its own on a quarter of the rows a half."""
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
 """Dense bfloat16, by a part of the device's name; others by --peak-tflops."""
 
@@ -129,8 +127,12 @@ def make_bench(args: argparse.Namespace) -> Bench:
     draws = [plan.draw_training(x, rows, seed=0, step=step, global_batch_size=args.batch) for step in range(8)]
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-6, fused=True) if args.optimizer else None
     ema = [p.detach().clone() for p in net.parameters()] if args.optimizer else []
-    dtype, mixed = torch.bfloat16, args.precision == "bf16-mixed"
-    return Bench(net, x, y, draws, optimizer, ema, lambda: torch.autocast(device.type, dtype=dtype, enabled=mixed))
+
+    def autocast() -> torch.autocast:  # without its cache, as Lightning
+        mixed = args.precision == "bf16-mixed"
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False)
+
+    return Bench(net, x, y, draws, optimizer, ema, lambda: autocast)
 
 
 def variants(bench: Bench, mode: str, args: argparse.Namespace) -> dict[str, Callable[[Draw], Tensor]]:
@@ -225,7 +227,7 @@ def measure(bench: Bench, mode: str, args: argparse.Namespace) -> dict[str, dict
         except Exception as error:
             if not name.startswith("naive"):
                 raise
-            results[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            results[name] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
             del losses[name]
     times: dict[str, list[float]] = {name: [] for name in losses}
     for number in range(args.rounds):
@@ -251,15 +253,25 @@ def forward_flops(args: argparse.Namespace) -> int:
     return counter.get_total_flops()
 
 
+def useful_forwards(name: str, jumps: float) -> float:
+    """Return the forwards of the batch that a step is worth: 3 for flow matching, 3.5 and 4.65 for MeanFlow on a quarter.
+
+    A backward pass is two; a derivative is counted as a JVP of its own, two forwards of its rows (shared primals do it in
+    one); guidance takes 0.9 of the batch for v_u and, with kappa > 0, the r < t rows for v_c.
+    """
+    guidance = {"kappa0": 0.9, "kappa0.5": 0.9 + jumps}.get(name, 0.0)
+    return 3 + (0 if name == "fm" else 2 * jumps + guidance)
+
+
 def add_mfu(results: dict[str, dict], flops: int, args: argparse.Namespace) -> None:
     """Add the share of the device's peak that the step's useful arithmetic reaches, where the peak is known."""
     peak = args.peak_tflops
-    if peak is None and args.device.startswith("cuda"):
+    if peak is None and args.device.startswith("cuda") and args.precision == "bf16-mixed":
         name = torch.cuda.get_device_name()
         peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
     for name, row in results.items():
         if peak is not None and "seconds" in row:
-            work = flops * args.batch * FORWARDS[name.removeprefix("naive_")]
+            work = flops * args.batch * useful_forwards(name.removeprefix("naive_"), 1 - args.fm_fraction)
             row["mfu"] = work / row["seconds"] / (peak * 1e12)
 
 
@@ -289,8 +301,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--tf32", action="store_true", help="TF32 matrix products on a GPU")
     parser.add_argument("--mode", default="eager", choices=["eager", "compiled", "both"])
-    parser.add_argument("--attention", default="fused", choices=["fused", "math"], help="where no tangents ride")
-    parser.add_argument("--jvp-attention", default="math", choices=["math", "flash"], help="where tangents ride")
+    parser.add_argument("--attention", default="fused", choices=["fused", "math"], help="of values")
+    parser.add_argument("--jvp-attention", default="math", choices=["math", "flash"], help="of tangents")
     parser.add_argument("--jvp", choices=["network", "torch"], help="who differentiates (default: the network)")
     parser.add_argument("--jvp-precision", choices=["32-true", "bf16-mixed"], help="a pass of its own for the JVP")
     parser.add_argument("--activation-checkpointing", action="store_true")
@@ -308,6 +320,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"error: Got --device {args.device}, expected one that is there. Run with --device cpu.", file=sys.stderr)
+        return 2
+    if args.jvp == "torch" and args.jvp_attention == "flash":
+        print("error: Got --jvp torch with --jvp-attention flash, expected math: torch.func.jvp uses it.", file=sys.stderr)
         return 2
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     flops, found = forward_flops(args), {}

@@ -81,11 +81,12 @@ class MeanFlowCLI(LightningCLI):
         """Take no settings from a checkpoint: Lightning would let them win over the command line, silently."""
 
     def before_instantiate_classes(self) -> None:
-        """Give `validate`, `test` and `predict` a metrics file of their own; no bar where none is wanted."""
+        """Give `validate`, `test` and `predict` a metrics file of their own; one progress bar or none."""
         trainer = self._get(self.config, "trainer")
-        if trainer.enable_progress_bar is False:  # Lightning refuses the two together
-            bar = "mf_lightning.callbacks.TrainingBar"
-            trainer.callbacks = [callback for callback in trainer.callbacks or [] if callback.class_path != bar]
+        ours, callbacks = "mf_lightning.callbacks.TrainingBar", trainer.callbacks or []
+        another = any("ProgressBar" in callback.class_path for callback in callbacks)
+        if trainer.enable_progress_bar is False or another:  # Lightning refuses ours beside them
+            trainer.callbacks = [callback for callback in callbacks if callback.class_path != ours]
         for logger in self._get(self.config, "trainer.logger") or []:
             if self.subcommand not in (None, "fit") and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
                 logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
@@ -192,8 +193,8 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(2)
     except MisconfigurationException as error:
         print(
-            f"error: Got trainer settings that Lightning refuses ({error}), expected devices and options that are there: this "
-            f"machine has {torch.cuda.device_count()} GPUs. Change trainer.accelerator, trainer.devices or what it names.",
+            f"error: Got settings that Lightning refuses ({error}), expected options that fit each other and this machine, "
+            f"which has {torch.cuda.device_count()} GPUs. Change what it names (trainer.accelerator, trainer.devices, ...).",
             file=sys.stderr,
         )
         sys.exit(2)

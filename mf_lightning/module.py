@@ -14,10 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mf_lightning.flow.meanflow import MeanFlowLoss
 from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator
-from mf_lightning.optim import compile_step, plain_rates
+from mf_lightning.optim import compile_step, plain_states
 from mf_lightning.types import AverageVelocity, LatentBatch, LatentSpec, LossTerms, UserError
 
 CHECKPOINT_FORMAT = 1
+PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
 class MeanFlowModule(LightningModule):
@@ -33,7 +34,8 @@ class MeanFlowModule(LightningModule):
         compile: run the training step's network passes, the optimizer with its EMA, and sampling under torch.compile. The first
             steps take minutes; validation losses stay plain.
         cuda_graphs: capture sampling in CUDA graphs, which spares a small network the launch of its kernels; with compile.
-        tf32: let a GPU round float32 factors to 10 bits in matrix products and convolutions: faster, less exact.
+        tf32: let a GPU round float32 factors to 10 bits in training's matrix products and convolutions: faster, less exact.
+            Samples, decoder and extractor stay in true float32.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class MeanFlowModule(LightningModule):
         """How the loss calls the network in training."""
         self._compiled_generator: AverageVelocity | None = None
         self._gradient_norm: Tensor | None = None
+        self.before_saving: Callable[[], None] = lambda: None
+        """Called before anything is saved; may raise. The guard puts itself here."""
         self.last_terms: LossTerms | None = None
         """Terms of the newest training batch, for guards and logs."""
         self._loaded_steps = 0
@@ -80,18 +84,24 @@ class MeanFlowModule(LightningModule):
         if self.net is None:
             self.net = self.make_net(self.trainer.datamodule.latent_spec)
         device = self.trainer.strategy.root_device
-        self._choose_arithmetic(device)
+        self._check_arithmetic(device)
         if self.compiled:
             self.passes = Passes.compiled(device)
             mode = "reduce-overhead" if self.cuda_graphs else None
             self._compiled_generator = compiled_generator(self.net, mode=mode)
 
-    def _choose_arithmetic(self, device: torch.device) -> None:
-        """Set TF32 for the whole process, both ways: torch alone would leave it on for convolutions."""
+    def _check_arithmetic(self, device: torch.device) -> None:
+        """Refuse what this device, or each other's company, does not allow."""
         if self.loss.jvp == "torch" and getattr(self.net, "jvp_attention", None) == "flash":
             raise UserError(
                 "Got model.loss.init_args.jvp = torch with model.net.init_args.jvp_attention = flash, expected the network's "
                 "own tangents under that kernel: torch.func.jvp uses math attention. Set jvp to null, or jvp_attention to math."
+            )
+        precision = str(self.trainer.precision)
+        if precision not in PRECISIONS:
+            raise UserError(
+                f"Got trainer.precision = {precision}, expected one of {', '.join(PRECISIONS)}: others need their gradients "
+                "scaled, or lose what the derivative needs. bf16-mixed is the fast one."
             )
         if self.tf32 and device.type != "cuda":
             raise UserError(f"Got model.tf32 = true on {device}, expected a GPU: TF32 is an Nvidia format. Set it to false.")
@@ -100,7 +110,6 @@ class MeanFlowModule(LightningModule):
                 f"Got model.cuda_graphs = true on {device} with model.compile = {str(self.compiled).lower()}, expected a GPU "
                 "and compilation. Set model.compile to true on a GPU, or model.cuda_graphs to false."
             )
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
 
     def configure_optimizers(self) -> Any:
         """Return the configured optimizer and, if there is one, its schedule by optimizer step."""
@@ -112,10 +121,29 @@ class MeanFlowModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_schedule(optimizer), "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Let the network try what may not run on this device or in this precision."""
+        """Let the network try what may not run on this device or in this precision; forget an earlier fit."""
+        self._gradient_norm = None
         if hasattr(self.net, "check_device"):
-            low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-            self.net.check_device(self.device, low.get(str(self.trainer.precision), self.dtype))
+            precision = self.loss.jvp_precision or str(self.trainer.precision)
+            self.net.check_device(self.device, torch.bfloat16 if precision == "bf16-mixed" else self.dtype)
+
+    def on_train_start(self) -> None:
+        """Choose the products of training; what is scored is always computed in true float32."""
+        set_tf32(self.tf32)
+
+    def on_validation_start(self) -> None:
+        """Score in true float32: samples, decoder and extractor."""
+        set_tf32(False)
+
+    def on_validation_end(self) -> None:
+        """Go back to the products of training."""
+        set_tf32(self.tf32 and self.trainer.state.fn == "fit")
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_train_end(self) -> None:
+        """Leave the process in true float32."""
+        set_tf32(False)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """Return the weighted loss of this device's rows."""
@@ -178,10 +206,10 @@ class MeanFlowModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a stranger needs to read the file: its format and the network's class and settings."""
+        self.before_saving()
         checkpoint["format_version"] = CHECKPOINT_FORMAT
         checkpoint["net"] = describe_net(self.net)
-        for state in checkpoint.get("optimizer_states", []):
-            plain_rates(state)
+        plain_states(checkpoint, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another format or architecture.
@@ -197,6 +225,11 @@ class MeanFlowModule(LightningModule):
             )
         check_architecture(checkpoint["net"], describe_net(self.net))
         self._loaded_steps = checkpoint["global_step"]
+
+
+def set_tf32(on: bool) -> None:
+    """Switch TF32 for the whole process, both ways: torch alone would leave it on for convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def describe_net(net: nn.Module) -> dict[str, Any]:

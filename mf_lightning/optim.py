@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,25 @@ def compile_step(optimizer: Optimizer) -> None:
     optimizer.step = MethodType(step, optimizer)  # a method: schedules wrap it to see that it is called
 
 
-def plain_rates(optimizer_state: dict) -> None:
-    """Make learning rates plain numbers in an optimizer's state, in place: no checkpoint depends on compilation."""
-    for group in optimizer_state["param_groups"]:
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].item()
+def plain_states(checkpoint: dict[str, Any], optimizers: list[Optimizer]) -> None:
+    """Undo in a checkpoint what compilation does to optimizers and schedules, in place: it may be loaded without.
+
+    Args:
+        checkpoint: with Lightning's ``optimizer_states`` and ``lr_schedulers``.
+        optimizers: the ones whose states these are.
+    """
+    for state, optimizer in zip(checkpoint.get("optimizer_states", []), optimizers, strict=False):
+        for group in state["param_groups"]:
+            group["lr"] = _number(group["lr"])
+            if "capturable" in group:  # the compiler may switch it on, and a CPU refuses it
+                group["capturable"] = optimizer.defaults["capturable"]
+    for state in checkpoint.get("lr_schedulers", []):
+        if "_last_lr" in state:
+            state["_last_lr"] = [_number(rate) for rate in state["_last_lr"]]
+
+
+def _number(rate: float | Tensor) -> float:
+    return rate.item() if isinstance(rate, Tensor) else rate
 
 
 def average(averages: list[Tensor], weights: list[Tensor], amount: float) -> None:
@@ -74,6 +89,6 @@ def compiled_average() -> Callable[[list[Tensor], list[Tensor], float], None]:
 
     def call(averages: list[Tensor], weights: list[Tensor], amount: float) -> None:
         if averages:
-            compiled(averages, weights, torch.tensor(amount, dtype=torch.float64, device=averages[0].device))
+            compiled(averages, weights, torch.full((), amount, dtype=torch.float64, device=averages[0].device))
 
     return call

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from mf_lightning.flow import DropAnyRow, Guidance, MeanFlowLoss, Passes
 from mf_lightning.flow.passes import PLAIN, check_compiler, compiled_generator
-from mf_lightning.optim import average, compile_step, compiled_average, plain_rates
+from mf_lightning.optim import average, compile_step, compiled_average, plain_states
 from mf_lightning.types import UserError
 from tests.nets import SHAPE, tiny_sit
 from tests.test_loss import gradients
@@ -81,9 +81,12 @@ def test_compiled_optimizer_and_average_equal_the_plain_ones(make, default, boun
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         for step in range(6):
             if step == 3:
-                state = copy.deepcopy(optimizer.state_dict())
-                plain_rates(state)
+                saved = {"optimizer_states": [copy.deepcopy(optimizer.state_dict())], "lr_schedulers": [schedule.state_dict()]}
+                plain_states(saved, [optimizer])
+                (state,), (rates,) = saved["optimizer_states"], saved["lr_schedulers"]
                 assert all(isinstance(group["lr"], float) for group in state["param_groups"])
+                assert all(isinstance(rate, float) for rate in rates["_last_lr"])
+                assert not any(group["capturable"] for group in state["param_groups"])
                 optimizer.load_state_dict(state)
 
             def closure(parameters=parameters, step=step):

@@ -38,7 +38,9 @@ def test_the_fast_copy_is_made_once_and_follows_the_device():
 
 def test_bfloat16_is_refused_where_it_moves_pictures():
     with pytest.raises(UserError, match=r"decode_dtype = bfloat16, .* which give \d\d.\d\d% of uint8 values .*at least 99.9%"):
-        KLAutoencoder(DIGITS, decode_dtype="bfloat16").decode(latents())
+        (autoencoder := KLAutoencoder(DIGITS, decode_dtype="bfloat16")).decode(latents())
+    with pytest.raises(UserError, match="decode_dtype to float32"):  # and not only the first time
+        autoencoder.decode(latents())
 
 
 def test_bfloat16_is_taken_where_it_keeps_them():

@@ -73,6 +73,17 @@ def test_no_gradient_is_lost_to_autocasts_cache():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
 
+def test_the_residual_stream_of_tangents_is_float32_under_autocast():
+    """As that of the values: in bfloat16 it would be rounded again after every block."""
+    net = tiny_sit(dtype=torch.float32)
+    seen = []
+    net.blocks[-1].register_forward_hook(lambda module, inputs, out: seen.append((out.x.dtype, out.dx.dtype)))
+    z, t = torch.randn(2, *SHAPE), torch.tensor([0.9, 0.5])
+    with torch.autocast("cpu", torch.bfloat16):
+        net(z, t=t, r=t / 2, y=torch.tensor([0, 1]), v_g=z)
+    assert seen == [(torch.float32, torch.float32)]
+
+
 def test_times_are_embedded_in_float32():
     net = tiny_sit(dtype=torch.float32)
     t, y = torch.tensor([0.5, 0.50001]), torch.tensor([0, 0])

@@ -102,6 +102,22 @@ def test_a_compiled_run_is_the_plain_run_and_goes_on_plain(tmp_path):
     assert not any("_orig_mod" in name for name in state["state_dict"])
 
 
+def test_two_compiled_processes_are_one_plain_one(tmp_path):
+    results = []
+    for devices, options in ((1, []), (2, ["--trainer.strategy=ddp", "--model.compile=true"])):
+        root = tmp_path / str(devices)
+        result = command_line(
+            "fit", *SMOKE, f"--trainer.default_root_dir={root}", f"--trainer.devices={devices}", *options,
+            "--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--sample_eval.num_samples=0",
+            "--trainer.precision=64-true", timeout=600,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+        results.append({**checkpoint["state_dict"], **{f"ema {k}": v for k, v in checkpoint["ema"]["weights"]["0.99"].items()}})
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], rtol=1e-5, atol=1e-8), name  # Adam counts its steps in float32
+
+
 def test_a_built_wheel_carries_configs_and_weights(tmp_path):
     built = python("-m", "build", "--wheel", "--outdir", tmp_path / "dist", ROOT, timeout=600)
     assert built.returncode == 0, built.stderr[-2000:]

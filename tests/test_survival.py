@@ -61,23 +61,37 @@ def step_of(guard: NonFiniteGuard, step: int, *, loss: float = 1.0, norm: float 
 
 def test_guard_stops_at_a_gradient_that_is_not_finite():
     guard = NonFiniteGuard()
-    guard.deferred = False
     step_of(guard, 4)
     with pytest.raises(UserError, match=r"gradient of norm inf at step 5, process 0, largest raw error 1"):
         step_of(guard, 5, norm=float("inf"))
 
 
 def test_on_a_gpu_the_guard_reads_a_step_later_and_before_anything_is_kept():
-    guard = NonFiniteGuard()
-    guard.deferred = True  # as on_train_start decides on a GPU
+    guard = NonFiniteGuard(deferred=True)  # as on a GPU
+    module = SimpleNamespace(device=torch.device("cpu"))
+    guard.on_train_start(SimpleNamespace(global_rank=0, default_root_dir="nowhere"), module)
     step_of(guard, 4)
     step_of(guard, 5, loss=float("nan"))
     with pytest.raises(UserError, match=r"loss of nan at step 5, process 0, rows \[1\]"):
         step_of(guard, 6)
-    for keep in (guard.on_save_checkpoint, guard.on_validation_start, guard.on_train_end):
+    saving = lambda trainer, module_: module.before_saving()  # noqa: E731
+    for keep in (saving, guard.on_validation_start, guard.on_train_end):
+        guard.on_train_start(SimpleNamespace(global_rank=0, default_root_dir="nowhere"), module)
         trainer = step_of(guard, 7, norm=float("nan"))
         with pytest.raises(UserError, match=r"gradient of norm nan at step 7"):
-            keep(trainer, None, *([{}] if keep == guard.on_save_checkpoint else []))
+            keep(trainer, None)
+
+
+def test_the_guard_names_rows_of_every_accumulated_batch():
+    guard = NonFiniteGuard(deferred=True)
+    trainer = SimpleNamespace(global_step=3, global_rank=0, default_root_dir="nowhere")
+    for error in (float("nan"), 2.0):
+        terms = SimpleNamespace(raw_error=torch.tensor([1.0, error]))
+        module = SimpleNamespace(last_terms=terms, gradient_norm=lambda: torch.tensor(float("nan")))
+        guard.on_before_backward(trainer, module, torch.tensor(error))
+    guard.on_before_optimizer_step(trainer, module, None)
+    with pytest.raises(UserError, match=r"loss of nan at step 3, process 0, rows \[1\]"):
+        guard.settle(trainer)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):

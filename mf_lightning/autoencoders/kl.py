@@ -107,7 +107,15 @@ class KLAutoencoder(Autoencoder):
             return self._plain(latents)
         pixels = self._fast(latents)
         if self.equal_share is None:
-            self._compare(latents[:CHECKED], pixels[:CHECKED])
+            same = to_uint8(pixels[:CHECKED]) == to_uint8(self._plain(latents[:CHECKED]).float())
+            self.equal_share = float(same.float().mean())
+        if self.equal_share < EQUAL_SHARE:
+            option = "channels_last to false" if self.decode_dtype == "float32" else "decode_dtype to float32"
+            raise UserError(
+                f"Got decode_dtype = {self.decode_dtype}, channels_last = {str(self.channels_last).lower()} for the "
+                f"autoencoder {self.pretrained!r}, which give {self.equal_share:.2%} of uint8 values as the plain decoder "
+                f"does, expected at least {EQUAL_SHARE:.1%}. Set data.init_args.autoencoder.init_args.{option}."
+            )
         return pixels
 
     def _plain(self, latents: Tensor) -> Tensor:
@@ -128,18 +136,10 @@ class KLAutoencoder(Autoencoder):
             module.to(dtype=DTYPES[self.decode_dtype], memory_format=layout)
         return net
 
-    def _compare(self, latents: Tensor, pixels: Tensor) -> None:
-        self.equal_share = float((to_uint8(pixels) == to_uint8(self._plain(latents).float())).float().mean())
-        if self.equal_share < EQUAL_SHARE:
-            raise UserError(
-                f"Got decode_dtype = {self.decode_dtype}, channels_last = {str(self.channels_last).lower()} for the "
-                f"autoencoder {self.pretrained!r}, which give {self.equal_share:.2%} of uint8 values as the plain decoder "
-                f"does, expected at least {EQUAL_SHARE:.1%}. Set data.init_args.autoencoder.init_args.decode_dtype to float32."
-            )
-
     def to(self, device: torch.device) -> KLAutoencoder:
         """Move the weights and return the autoencoder."""
         if self.net.device != torch.device(device):
             self.net.to(device)
-            self.__dict__.pop("_fast_net", None)  # copied anew from where the weights are now
+            self.__dict__.pop("_fast_net", None)  # copied anew from where the weights are now, and judged there
+            self.equal_share = None
         return self

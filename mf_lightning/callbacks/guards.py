@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -22,6 +22,7 @@ class _Verdict:
     values: Tensor
     """(2,) on the CPU: loss, gradient norm."""
     raw_error: Tensor
+    """(B,) of all batches that were accumulated."""
     arrived: torch.cuda.Event | None
     """None where the values are there at once."""
 
@@ -31,41 +32,51 @@ class NonFiniteGuard(Callback):
 
     On a CPU the step's weights are not touched either. On a GPU the host does not wait for the numbers: they are read one
     step later, and before anything is written, validated or ended.
+
+    Args:
+        deferred: whether values are read one step later; null does so on a GPU.
     """
 
-    def __init__(self) -> None:
-        self.deferred: bool | None = None
-        """Whether values are read one step later; None until the device is known."""
+    def __init__(self, deferred: bool | None = None) -> None:
+        self.deferred = deferred
+        self._lags = bool(deferred)
         self._losses: list[Tensor] = []
+        self._raw_errors: list[Tensor] = []
         self._pending: _Verdict | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See which device this is."""
-        if self.deferred is None:
-            self.deferred = pl_module.device.type == "cuda"
+        """Forget what an earlier fit left, see which device this is, and judge before anything is saved."""
+        self._lags = pl_module.device.type == "cuda" if self.deferred is None else self.deferred
+        self._losses.clear()
+        self._raw_errors.clear()
+        self._pending = None
+        pl_module.before_saving = lambda: self.settle(trainer)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep the loss of each batch of the step; where reading it costs nothing, stop before the backward pass."""
         self._losses.append(loss.detach())
-        if not self.deferred and not bool(torch.isfinite(loss)):
-            self._stop(trainer, self._verdict(trainer, pl_module, torch.zeros_like(loss)))
+        self._raw_errors.append(pl_module.last_terms.raw_error)
+        if not self._lags and not bool(torch.isfinite(loss)):
+            self._stop(trainer, self._verdict(trainer, torch.zeros_like(loss)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Judge the step before this one, or on a CPU this one."""
         self.settle(trainer)
-        self._pending = self._verdict(trainer, pl_module, pl_module.gradient_norm())
-        if not self.deferred:
+        self._pending = self._verdict(trainer, pl_module.gradient_norm())
+        if not self._lags:
             self.settle(trainer)
 
-    def _verdict(self, trainer: Trainer, pl_module: LightningModule, norm: Tensor) -> _Verdict:
+    def _verdict(self, trainer: Trainer, norm: Tensor) -> _Verdict:
         values = torch.stack([torch.stack(self._losses).sum(), norm.to(self._losses[0].dtype)])
+        raw_error = torch.cat(self._raw_errors)
         self._losses.clear()
+        self._raw_errors.clear()
         arrived = None
         if values.device.type == "cuda":
             on_host = torch.empty(2, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
             values, arrived = on_host, torch.cuda.Event()
             arrived.record()
-        return _Verdict(trainer.global_step, values, pl_module.last_terms.raw_error, arrived)
+        return _Verdict(trainer.global_step, values, raw_error, arrived)
 
     def settle(self, trainer: Trainer) -> None:
         """Read the pending verdict, waiting for it if need be.
@@ -80,10 +91,6 @@ class NonFiniteGuard(Callback):
             verdict.arrived.synchronize()
         if not bool(torch.isfinite(verdict.values).all()):
             self._stop(trainer, verdict)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Judge the last step before its weights are written."""
-        self.settle(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last step before its weights are scored."""

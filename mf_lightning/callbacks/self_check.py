@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mf_lightning import draws
 from mf_lightning.draws import Stream
-from mf_lightning.flow.meanflow import MeanFlowLoss, without_dropout
+from mf_lightning.flow.meanflow import without_dropout
 from mf_lightning.flow.passes import PLAIN, Passes
+from mf_lightning.flow.path import interpolate
 from mf_lightning.flow.rows import Draw
 from mf_lightning.types import LatentBatch, LossTerms, UserError
 
@@ -68,54 +69,85 @@ class SelfCheck(Callback):
         loss, y = pl_module.loss, None if net.y_null is None else batch.y
         step, rows = trainer.global_step, trainer.datamodule.batch_size
         draw = loss.draw_training(batch.x, batch.row, seed=pl_module.seed, step=step, global_batch_size=rows)
-        errors: dict[str, float] = {}
-
-        def run(passes: Passes, loss: MeanFlowLoss = loss) -> tuple[LossTerms, Tensor]:
-            net.zero_grad()
-            terms = loss(net, batch.x, y, draw, y_null=net.y_null, passes=passes)
-            terms.loss.backward()
-            return terms, torch.cat([p.grad.flatten().float() for p in net.parameters() if p.grad is not None])
-
+        self.errors, bound = {}, self._bound(trainer, pl_module)
         jumps = draw.jumps.nonzero()[:, 0][: self.rows]
-        plain = None
         if len(jumps):
-            same_precision = copy.copy(loss)
-            same_precision.jvp_precision = None
-            with torch.autocast(batch.x.device.type, enabled=False):
-                plain, _ = run(PLAIN, same_precision)
-            labels = None if y is None else torch.where(draw.dropped.to(y.device), net.y_null, y)
-            exact = central_differences(net, batch.x, labels, draw, plain.v_g, jumps)
-            errors["du/dt"] = _distance(plain.dudt[jumps], exact)
-            rounded = pl_module.tf32 or getattr(net, "jvp_attention", None) == "flash"  # a kernel of TF32 products
-            self._judge("du/dt against central differences", errors["du/dt"], TF32 if rounded else EXACT)
-        bound = self._bound(trainer, pl_module)
-        with trainer.precision_plugin.forward_context():
-            if plain is not None and bound > EXACT:
-                mixed, _ = run(PLAIN)
-                errors["du/dt as it will run"] = _distance(mixed.dudt, plain.dudt)
-                self._judge("du/dt in training's precision against float32", errors["du/dt as it will run"], bound)
-            if pl_module.compiled:
-                plain, gradient = run(PLAIN)
-                compiled, compiled_gradient = run(pl_module.passes)
-                errors["compiled u"] = _distance(compiled.u, plain.u)
-                errors["compiled du/dt"] = _distance(compiled.dudt, plain.dudt)
-                errors["compiled gradient"] = _distance(compiled_gradient, gradient)
-                for name in ("compiled u", "compiled du/dt", "compiled gradient"):
-                    self._judge(f"{name} against plain", errors[name], bound)
-        return errors
+            at = jumps.to(batch.x.device)
+            few = (batch.x[at], None if y is None else y[at], draw.sorted_by(jumps))
+            self._check_derivative(trainer, pl_module, net, *few, bound)
+        if pl_module.compiled:
+            try:
+                self._check_compiled(trainer, pl_module, net, batch.x, y, draw, bound)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    "Got too little memory for the self-check, which runs the first batch without compilation as well, "
+                    "expected room for it. Lower data.batch_size, set model.net.init_args.activation_checkpointing, or give "
+                    "self_check.enabled=false."
+                ) from error
+        return self.errors
+
+    @torch.no_grad()
+    def _check_derivative(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        net: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        draw: Draw,
+        bound: float,
+    ) -> None:
+        """Compare du/dt of a few rows in float32 with central differences, and in training's precision with float32."""
+        same_precision = copy.copy(pl_module.loss)
+        same_precision.jvp_precision = None
+        with torch.autocast(x.device.type, enabled=False):
+            plain = same_precision(net, x, y, draw, y_null=net.y_null)
+        labels = None if y is None else torch.where(draw.dropped.to(y.device), net.y_null, y)
+        exact = central_differences(net, x, labels, draw, plain.v_g)
+        rounded = pl_module.tf32 or getattr(net, "jvp_attention", None) == "flash"  # a kernel of TF32 products
+        self._judge("du/dt", "against central differences", _distance(plain.dudt, exact), TF32 if rounded else EXACT)
+        if bound > EXACT:
+            with trainer.precision_plugin.forward_context():
+                mixed = pl_module.loss(net, x, y, draw, y_null=net.y_null)
+            self._judge("du/dt as it will run", "against float32", _distance(mixed.dudt, plain.dudt), bound)
+
+    def _check_compiled(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        net: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        draw: Draw,
+        bound: float,
+    ) -> None:
+        """Compare the compiled passes with plain ones on the whole batch: its graphs then serve the training."""
+
+        def run(passes: Passes) -> tuple[LossTerms, Tensor]:
+            net.zero_grad()
+            with trainer.precision_plugin.forward_context():
+                terms = pl_module.loss(net, x, y, draw, y_null=net.y_null, passes=passes)
+            terms.loss.backward()
+            return terms, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+        (plain, gradient), (compiled, compiled_gradient) = run(PLAIN), run(pl_module.passes)
+        self._judge("compiled u", "against plain", _distance(compiled.u, plain.u), bound)
+        self._judge("compiled du/dt", "against plain", _distance(compiled.dudt, plain.dudt), bound)
+        self._judge("compiled gradient", "against plain", _distance(compiled_gradient, gradient), bound)
 
     def _bound(self, trainer: Trainer, pl_module: LightningModule) -> float:
         if "bf16" in str(trainer.precision) or pl_module.loss.jvp_precision == "bf16-mixed":
             return BFLOAT16
         return TF32 if pl_module.tf32 else EXACT
 
-    def _judge(self, what: str, error: float, bound: float) -> None:
+    def _judge(self, name: str, against: str, error: float, bound: float) -> None:
+        self.errors[name] = error
         if not error <= bound:
             raise UserError(
-                f"Got a self-check that fails: {what} has a relative error of {error:.2g}, expected at most {bound:g}. Wrong "
-                "tangents train silently, so the run stops. Find what is wrong with model.loss.init_args.jvp=torch, "
-                "model.net.init_args.jvp_attention=math, model.compile=false, or trainer.precision=32-true; "
-                "self_check.enabled=false runs all the same."
+                f"Got a self-check that fails: {name} {against} has a relative error of {error:.2g}, expected at most "
+                f"{bound:g}. Wrong tangents train silently, so the run stops. Find what is wrong with "
+                "model.loss.init_args.jvp=torch, model.net.init_args.jvp_attention=math, model.compile=false, or "
+                "trainer.precision=32-true; self_check.enabled=false runs all the same."
             )
 
 
@@ -131,16 +163,14 @@ def fill_zeros(net: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def central_differences(net: nn.Module, x: Tensor, y: Tensor | None, draw: Draw, v_g: Tensor, rows: Tensor) -> Tensor:
-    """Return ``[u(z + h v, t + h) - u(z - h v, t - h)] / 2h`` of some rows, (J, C, H, W), by a float64 copy of the network."""
+def central_differences(net: nn.Module, x: Tensor, y: Tensor | None, draw: Draw, v_g: Tensor) -> Tensor:
+    """Return ``[u(z + h v, t + h) - u(z - h v, t - h)] / 2h``, (B, C, H, W), by a float64 copy of the network."""
     exact = copy.deepcopy(net).double()
-    at = rows.to(x.device)
-    x, e, v_g = (value[at].double() for value in (x, draw.e, v_g))
-    t, r = (time[rows].to(x.device).double() for time in (draw.t, draw.r))
-    t4 = t.reshape(-1, *[1] * (x.dim() - 1))
-    z_t, y = (1 - t4) * x + t4 * e, None if y is None else y[at]
+    x, e, v_g = x.double(), draw.e.double(), v_g.double()
+    t, r = (time.to(x.device).double() for time in (draw.t, draw.r))
+    z_t = interpolate(x, e, t=t)
     with torch.autocast(x.device.type, enabled=False):
-        ahead, behind = (exact(z_t + h * v_g, t=t + h, r=r, y=y) for h in (STEP, -STEP))
+        ahead, behind = (exact(z_t + h * v_g.to(x), t=t + h, r=r, y=y) for h in (STEP, -STEP))
     return (ahead - behind) / (2 * STEP)
 
 

@@ -14,6 +14,7 @@ from mf_lightning.data.loader import EvalLoader, LatentSplit, TrainLoader
 from mf_lightning.data.shards import DatasetInfo, open_split, read_info
 from mf_lightning.draws import Stream
 from mf_lightning.pixels import to_uint8
+from mf_lightning.transfer import to_device
 from mf_lightning.types import Autoencoder, LatentBatch, LatentSpec, UserError
 
 
@@ -118,7 +119,7 @@ class LatentData(LightningDataModule):
         """Move latents and labels; numbers of samples and rows stay on the CPU, where draws are decided."""
         if not isinstance(batch, LatentBatch):
             return batch
-        return batch._replace(x=batch.x.to(device, non_blocking=True), y=batch.y.to(device, non_blocking=True))
+        return batch._replace(x=to_device(batch.x, device), y=to_device(batch.y, device))
 
     def on_after_batch_transfer(self, batch: LatentBatch, dataloader_idx: int) -> LatentBatch:
         """Sample latents from moments, on the device, and scale them: stored values => network input."""
@@ -142,7 +143,9 @@ class LatentData(LightningDataModule):
         if self.info.kind == "moments":
             mean, std = z.chunk(2, dim=1)
             shape = mean.shape[1:]
-            z = mean + std * draws.normal(self.seed, stream, step=step, rows=rows.to(z.device), shape=shape, dtype=z.dtype)
+            z = mean + std * draws.normal(
+                self.seed, stream, step=step, rows=to_device(rows, z.device), shape=shape, dtype=z.dtype
+            )
         return (z - self.info.shift) * self.info.scale
 
     @torch.no_grad()

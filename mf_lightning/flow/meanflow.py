@@ -20,9 +20,10 @@ from mf_lightning.flow.jvp import JVPMethod, JVPPrecision, choose_jvp, jvp_preci
 from mf_lightning.flow.labels import DropFirstRows, LabelDrop
 from mf_lightning.flow.passes import PLAIN, Passes
 from mf_lightning.flow.path import check_times, conditional_velocity, interpolate, per_row
-from mf_lightning.flow.rows import Draw, count_jumps, to_device, velocity_rows
+from mf_lightning.flow.rows import Draw, count_jumps, velocity_rows
 from mf_lightning.flow.times import LogitNormal, TimeSampler, fm_count
 from mf_lightning.flow.weighting import AdaptiveWeight
+from mf_lightning.transfer import to_device
 from mf_lightning.types import AverageVelocity, LossTerms, UserError
 
 
@@ -52,7 +53,7 @@ class MeanFlowLoss:
         guidance: guidance inside the target; the default is none.
         weight: adaptive weight of a row's summed squared error.
         jvp: "network" takes du/dt from the network's own tangents, "torch" from torch.func.jvp in a pass of its own; null
-            is "network" where the network has them (SiT does), else "torch".
+            is "network" where the network has them (SiT does), else "torch". Without r < t rows there is nothing to derive.
         jvp_precision: null is that of the gradient forward, whose primals the network's tangents then share; "32-true" or
             "bf16-mixed" differentiate in a pass of their own.
     """
@@ -90,7 +91,7 @@ class MeanFlowLoss:
         r = torch.where(rows < fm_count(global_batch_size, self.fm_fraction), t, r)
         everyone = torch.arange(global_batch_size)
         dropped = self.label_drop(draws.uniform(seed, Stream.LABEL_DROP, step=step, rows=everyone, count=1)[:, 0])
-        e = draws.normal(seed, Stream.NOISE, step=step, rows=rows.to(x.device), shape=x.shape[1:], dtype=x.dtype)
+        e = draws.normal(seed, Stream.NOISE, step=step, rows=to_device(rows, x.device), shape=x.shape[1:], dtype=x.dtype)
         return Draw(e=e, t=t, r=r, dropped=dropped[rows])
 
     def draw_validation(self, x: Tensor, index: Tensor, *, seed: int) -> Draw:
@@ -106,7 +107,7 @@ class MeanFlowLoss:
         t, r = self.times(draws.uniform(seed, Stream.VAL_TIMES, step=0, rows=index, count=2))
         before, after = index.double() * self.fm_fraction, (index + 1).double() * self.fm_fraction
         r = torch.where(torch.floor(after + 1e-9) > torch.floor(before + 1e-9), t, r)
-        e = draws.normal(seed, Stream.VAL_NOISE, step=0, rows=index.to(x.device), shape=x.shape[1:], dtype=x.dtype)
+        e = draws.normal(seed, Stream.VAL_NOISE, step=0, rows=to_device(index, x.device), shape=x.shape[1:], dtype=x.dtype)
         return Draw(e=e, t=t, r=r, dropped=torch.zeros_like(index, dtype=torch.bool))
 
     def __call__(

@@ -49,7 +49,10 @@ class Passes:
             UserError: this machine cannot compile.
         """
         check_compiler(device)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_CALL)
+        config = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.7
+        setattr(config, limit, max(getattr(config, limit), GRAPHS_PER_CALL))
+        config.optimize_ddp = False  # it would cut these graphs inside DDP's forward
 
         def whole(call):
             return torch.compile(call, fullgraph=True, dynamic=False)
@@ -87,7 +90,7 @@ PLAIN = Passes()
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch cannot: on a CPU it needs a C++ compiler, on a GPU triton.
+    """Refuse to compile where torch cannot: on a CPU it needs a C++ compiler, on a GPU triton and a C compiler.
 
     Raises:
         UserError: naming what is missing.
@@ -100,7 +103,7 @@ def check_compiler(device: torch.device) -> None:
             compiler = get_cpp_compiler()
         except (exc.InvalidCxxCompiler, RuntimeError):
             compiler = None
-        if compiler is None or shutil.which(compiler) is None:
+        if compiler is None or shutil.which(compiler.split()[0]) is None:
             raise UserError(
                 f"Got model.compile = true without a C++ compiler (looked for {config.cpp.cxx}), expected one such as g++. "
                 "Install it (Debian: apt-get install g++), name it in CXX, or set model.compile to false."
@@ -108,8 +111,8 @@ def check_compiler(device: torch.device) -> None:
         return
     from torch.utils._triton import has_triton
 
-    if not has_triton():
+    if not has_triton() or not any(map(shutil.which, ("cc", "gcc", "clang"))):
         raise UserError(
-            f"Got model.compile = true on {device} without a working triton, expected one. Install triton and a GPU that it "
-            "knows, or set model.compile to false."
+            f"Got model.compile = true on {device} without a working triton or without the C compiler that it needs, expected "
+            "both. Install triton for a GPU that it knows and gcc, or set model.compile to false."
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mf_lightning.flow.guidance import Guidance
 from mf_lightning.flow.passes import Passes
+from mf_lightning.transfer import to_device
 
 
 @dataclass
@@ -75,8 +76,3 @@ def velocity_rows(guided: Tensor, apart: Tensor, guidance: Guidance, passes: Pas
     count = len(rows_u) + len(rows_c)
     padding = torch.zeros(passes.padded(count, n, parts=8) - count, dtype=torch.int64)
     return VelocityRows(torch.cat([rows_u, rows_c, padding]), len(rows_u), len(rows_c))
-
-
-def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Copy a small CPU tensor without waiting for what the device still does."""
-    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

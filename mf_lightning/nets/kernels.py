@@ -76,7 +76,7 @@ def flash_attention_tangent(q: Dual, k: Dual, v: Dual, scale: float) -> Tensor:
     Raises:
         UserError: the device is no GPU, or a dtype that the kernel does not know.
     """
-    size, dtype = q.x.shape[-1], q.x.dtype
+    size, dtype = q.x.shape[-1], v.x.dtype  # normalised queries may be float32 under autocast
     if dtype not in DTYPES:
         raise UserError(f"Got {KEY} = flash in {dtype}, expected float16, bfloat16 or float32. Use math.")
     fill = next(known for known in HEAD_SIZES if known >= size) - size

@@ -47,7 +47,7 @@ class SiT(nn.Module):
             be the data set's.
         time_inputs: times the network sees, h = t - r; "t,h" is the paper's best.
         qk_norm: normalise queries and keys, which keeps attention logits bounded in low precision.
-        attention: "fused" uses scaled_dot_product_attention (its math form under a JVP), "math" plain matrix products.
+        attention: "fused" computes values by scaled_dot_product_attention, "math" by plain matrix products.
         jvp_attention: attention under the tangents: "math" plain matrix products, "flash" the kernel of the package
             jvp-flash-attention (extra ``kernels``, GPU only).
         activation_checkpointing: keep only what goes in and out of each block for the backward pass and compute the rest
@@ -201,7 +201,8 @@ class SiT(nn.Module):
             return Dual(x)
         with torch.no_grad():
             proj = self.x_embedder.proj
-            return Dual(x, F.conv2d(v_g.to(z_t.dtype), proj.weight, stride=proj.stride).flatten(2).transpose(1, 2))
+            tokens = F.conv2d(v_g.to(z_t.dtype), proj.weight, stride=proj.stride).flatten(2).transpose(1, 2)
+            return Dual(x, tokens.to(x.dtype))  # under autocast the residual stream is float32, and its tangent with it
 
     def condition(self, *, t: Tensor, r: Tensor, y: Tensor | None, rows: int | None = None) -> Dual:
         """Return the sum of time and label embeddings; in the last ``rows`` rows dt = dh = 1, dr = 0: (B,) => (B, D)."""
