@@ -38,6 +38,27 @@ def test_loss_and_backward_read_no_value(jvp, guidance, order):
         terms.loss.item()
 
 
+def test_every_copy_to_the_device_goes_through_pinned_memory(monkeypatch):
+    """A plain ``.to`` of a CPU tensor makes the host wait until a GPU has caught up; ``transfer.to_device`` does not."""
+    net = tiny_sit(dtype=torch.float32).to("meta")
+    x, y = torch.empty(16, *SHAPE, device="meta"), torch.empty(16, dtype=torch.int64, device="meta")
+    loss = MeanFlowLoss(guidance=Guidance(kappa=0.5), label_drop=DropAnyRow(0.3))
+    plain_to, copies = torch.Tensor.to, Counter()
+
+    def watched(value, *args, **kwargs):
+        out = plain_to(value, *args, **kwargs)
+        if out.is_meta and not value.is_meta:
+            copies[traceback.extract_stack()[-2].name] += 1
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    order = torch.arange(15, -1, -1)
+    draw = loss.draw_training(x, order, seed=0, step=0, global_batch_size=16)
+    loss(net, x, y, draw, y_null=4).loss.backward()
+    assert copies["to_device"] >= 6
+    assert set(copies) == {"to_device"}
+
+
 class Reads(TorchDispatchMode):
     """Counts operations that bring a value to the host, by the first function outside torch."""
 
