@@ -132,7 +132,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
         mixed = args.precision == "bf16-mixed"
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed, cache_enabled=False)
 
-    return Bench(net, x, y, draws, optimizer, ema, lambda: autocast)
+    return Bench(net, x, y, draws, optimizer, ema, autocast)
 
 
 def variants(bench: Bench, mode: str, args: argparse.Namespace) -> dict[str, Callable[[Draw], Tensor]]:

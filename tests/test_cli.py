@@ -310,7 +310,7 @@ def write(path, text):
         ("data: {class_path: mf_lightning.data.LatentDataModule, init_args: {path: absent}}", "Got the data set path 'absent'"),
         ("data: {class_path: mf_lightning.data.SevenSegmentDataModule, init_args: {batch_size: 0}}", "Got data.batch_size = 0"),
         ("trainer: {accelerator: gpu, devices: 99}", "Got settings that Lightning refuses ("),
-        ("trainer: {precision: 16-mixed}", "Got trainer.precision = 16-mixed, expected one of 32-true, bf16-mixed, 64-true"),
+        ("trainer: {precision: bf16-true}", "Got trainer.precision = bf16-true, expected one of 32-true, bf16-mixed, 64-true"),
         ("model: {tf32: true}", "Got model.tf32 = true on cpu, expected a GPU"),
         ("model: {cuda_graphs: true, compile: true}", "Got model.cuda_graphs = true on cpu with model.compile = true"),
         (
