@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/ makes Inception's random weights
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.options import device_of, parser_for
 from mf_lightning.autoencoders import KLAutoencoder
 from mf_lightning.flow import sample, time_grid
 from mf_lightning.flow.passes import check_compiler, compiled_generator
 from mf_lightning.metrics.extractor import Extractor
-from mf_lightning.nets import SIZES, SiT
+from mf_lightning.nets import SiT
 from mf_lightning.pixels import to_uint8
 from mf_lightning.types import LatentSpec, UserError
 
@@ -147,31 +148,19 @@ def table(found: dict[str, dict]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=SIZES, help="width and depth of the network")
-    parser.add_argument("--patch", type=int, default=2, help="patch size")
-    parser.add_argument("--latent", type=int, nargs=3, default=[4, 16, 16], metavar=("C", "H", "W"))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"], help="of the generator")
+    parser = parser_for(__doc__, batch=8, rounds=5)
     parser.add_argument("--no-compile", action="store_true", help="plain sampling only")
     parser.add_argument("--cuda-graphs", action="store_true", help="also captured in CUDA graphs")
     parser.add_argument("--autoencoder", help="folder in diffusers' layout instead of random SD-VAE weights")
     parser.add_argument("--extractor-weights", help="file of Inception weights instead of random ones")
     parser.add_argument("--refused-too", action="store_true", help="time a decoder that is refused for its rounding as well")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print the JSON line only, no table")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, and return the exit code."""
     args = parse(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"error: Got --device {args.device}, expected one that is there. Run with --device cpu.", file=sys.stderr)
-        return 2
-    device = torch.device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    device, name = device_of(args)
     try:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(args, device, Path(folder))

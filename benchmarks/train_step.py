@@ -21,15 +21,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.options import device_of, parser_for
 from mf_lightning.flow import Draw, DropFirstRows, Guidance, MeanFlowLoss, Passes
 from mf_lightning.flow.passes import PLAIN
-from mf_lightning.nets import SIZES, SiT
+from mf_lightning.nets import SiT
 from mf_lightning.types import LatentSpec, UserError
 
 CLASSES = 1000
@@ -291,14 +295,8 @@ def table(results: dict[str, dict]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="S", choices=SIZES, help="width and depth of the network")
-    parser.add_argument("--patch", type=int, default=2, help="patch size")
-    parser.add_argument("--latent", type=int, nargs=3, default=[4, 16, 16], metavar=("C", "H", "W"))
-    parser.add_argument("--batch", type=int, default=32)
+    parser = parser_for(__doc__, batch=32, rounds=9)
     parser.add_argument("--fm-fraction", type=float, default=0.75, help="share of rows with r = t")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--tf32", action="store_true", help="TF32 matrix products on a GPU")
     parser.add_argument("--mode", default="eager", choices=["eager", "compiled", "both"])
     parser.add_argument("--attention", default="fused", choices=["fused", "math"], help="of values")
@@ -309,18 +307,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizer", action="store_true", help="fused Adam and EMA belong to the step")
     parser.add_argument("--variants", nargs="+", choices=[*GUIDANCES, "naive_none", "naive_kappa0.5"], help="only these")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive form out")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU; known for H100 and H200 in bfloat16")
-    parser.add_argument("--json", action="store_true", help="print the JSON line only, no table")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, and return the exit code."""
     args = parse(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"error: Got --device {args.device}, expected one that is there. Run with --device cpu.", file=sys.stderr)
-        return 2
+    _, device = device_of(args)
     if args.jvp == "torch" and args.jvp_attention == "flash":
         print("error: Got --jvp torch with --jvp-attention flash, expected math: torch.func.jvp uses it.", file=sys.stderr)
         return 2
@@ -331,7 +325,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     setting = f"SiT-{args.size}/{args.patch}, latents {tuple(args.latent)}, batch {args.batch}, {args.precision}"
     print(f"{setting}, {device}, torch {torch.__version__}", file=sys.stderr if args.json else sys.stdout)
     for mode in ("eager", "compiled") if args.mode == "both" else (args.mode,):
