@@ -6,7 +6,9 @@ import sys
 
 from jsonargparse import auto_cli
 
+from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.tools.digits import prepare_digits
+from mf_lightning.tools.heartbeat import heartbeat
 from mf_lightning.tools.verify import verify
 from mf_lightning.types import UserError
 
@@ -14,7 +16,13 @@ from mf_lightning.types import UserError
 def main(args: list[str] | None = None) -> None:
     """Run one command; a mistake of the user's ends in one message and exit code 2."""
     try:
-        auto_cli({"prepare-digits": prepare_digits, "verify": verify}, args=args, prog="python -m mf_lightning")
+        commands = {
+            "prepare-digits": prepare_digits,
+            "verify": verify,
+            "heartbeat": heartbeat,
+            "consolidate": consolidate,
+        }
+        auto_cli(commands, args=args, prog="python -m mf_lightning")
     except (UserError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

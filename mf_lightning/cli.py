@@ -12,16 +12,30 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import InterpolationResolutionError
+from lightning.pytorch.utilities import rank_zero_info
 
-from mf_lightning.callbacks import EMA, SampleEval, SampleGrid, SampleWriter, SelfCheck
+from mf_lightning.callbacks import (
+    EMA,
+    Heartbeat,
+    LastCheckpoint,
+    NonFiniteGuard,
+    Preemption,
+    SampleEval,
+    SampleGrid,
+    SampleWriter,
+    SelfCheck,
+    SpikeLog,
+)
+from mf_lightning.checkpoints import LAST
 from mf_lightning.data.datamodule import LatentData
+from mf_lightning.failures import end, leave
+from mf_lightning.launchers import follow_launcher
 from mf_lightning.module import MeanFlowModule
+from mf_lightning.orphans import watch_parent
 from mf_lightning.types import UserError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -71,18 +85,34 @@ class MeanFlowCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has."""
+        parser.add_lightning_class_args(SpikeLog, "spike_log")
+        parser.add_lightning_class_args(NonFiniteGuard, "guard")
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(SampleEval, "sample_eval")
         parser.add_lightning_class_args(SampleGrid, "sample_grid")
         parser.add_lightning_class_args(SampleWriter, "sample_writer")
         parser.add_lightning_class_args(SelfCheck, "self_check")
+        parser.add_lightning_class_args(Heartbeat, "heartbeat")  # behind hooks that may hang, before one that waits
+        parser.add_lightning_class_args(Preemption, "preemption")
 
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint: Lightning would let them win over the command line, silently."""
 
+    def before_validate(self) -> None:
+        """Refuse a strategy that the callbacks do not know."""
+        check_strategy(self.trainer)
+
+    before_test = before_predict = before_validate
+
     def before_instantiate_classes(self) -> None:
-        """Give `validate`, `test` and `predict` a metrics file of their own; one progress bar or none."""
+        """Follow torchrun or SLURM; give `validate`, ... a metrics file of their own; one progress bar or none."""
         trainer = self._get(self.config, "trainer")
+        follow_launcher(trainer)
+        strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
+        if strategy == "mf_lightning.strategies.FSDPStrategy" and trainer.precision in ("64-true", "64", 64):
+            trainer.precision = None  # Lightning refuses it here as a word, and takes it as a plugin
+            double = Namespace(class_path="lightning.pytorch.plugins.DoublePrecision")
+            trainer.plugins = [*(trainer.plugins or []), double]
         ours, callbacks = "mf_lightning.callbacks.TrainingBar", trainer.callbacks or []
         another = any("ProgressBar" in callback.class_path for callback in callbacks)
         if trainer.enable_progress_bar is False or another:  # Lightning refuses ours beside them
@@ -92,12 +122,19 @@ class MeanFlowCLI(LightningCLI):
                 logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
 
     def before_fit(self) -> None:
-        """Refuse to write a new run into an old one's folder."""
+        """Find what to resume; refuse to write a new run into an old one's folder."""
+        check_strategy(self.trainer)
         root = Path(self.trainer.default_root_dir)
-        last = root / "checkpoints" / "last.ckpt"
+        folders = [c.path.parent for c in self.trainer.callbacks if isinstance(c, LastCheckpoint)]
+        last = (folders[0] if folders else root / "checkpoints") / LAST
         asked = self._get(self.config_init, "ckpt_path")
         if asked == "last" and not last.exists():
             raise UserError(f"Got --ckpt_path=last without {last}, expected a run to resume. Leave it out to start one.")
+        if asked in ("auto", "last"):
+            found = str(last) if last.exists() else None
+            what = f"Resuming from {last} ({last.resolve().name})" if found else f"Nothing to resume in {root}: starting anew"
+            rank_zero_info(what)
+            self.config_init["fit"]["ckpt_path"] = found
         if asked is None and last.exists():
             here, python = Path.cwd(), Path(sys.executable)
             command = " ".join([str(python.relative_to(here) if python.is_relative_to(here) else "python"), *sys.argv])
@@ -105,6 +142,23 @@ class MeanFlowCLI(LightningCLI):
                 f"Got a folder that already holds a run: {root}. Resume it: {command} --ckpt_path=last   "
                 f"Start anew: remove the folder (rm -r {root}), or give another --trainer.default_root_dir."
             )
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which averages, evaluation or resuming were never held against one process.
+
+    Raises:
+        UserError: naming the two that are.
+    """
+    name = type(trainer.strategy).__name__
+    if name not in ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy") or "lightning.pytorch.strategies.fsdp" in str(
+        type(trainer.strategy)
+    ):
+        raise UserError(
+            f"Got trainer.strategy = {type(trainer.strategy).__module__}.{name}, expected DDP "
+            "(--trainer=configs/trainer/ddp.yaml) or this project's FSDP (--trainer=configs/trainer/fsdp.yaml): averages, "
+            "evaluation and resuming are only proved under those."
+        )
 
 
 def _check_keys(args: list[str]) -> None:
@@ -155,6 +209,8 @@ def _command_line(args: list[str], *, given: list[str], subcommands: bool) -> Me
         ".*does not have many workers.*",
         ".*Consider setting `persistent_workers.*",
         ".*isinstance.*LeafSpec.*",
+        ".*your dataloader is not resumable.*",  # it goes on at the optimizer step
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # figures of all processes, equal on each
     ):
         warnings.filterwarnings("ignore", pattern)
     warnings.filterwarnings("ignore", "To copy construct from a tensor", module=".*lr_monitor")
@@ -182,35 +238,11 @@ def _command_line(args: list[str], *, given: list[str], subcommands: bool) -> Me
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a mistake of the user's ends in one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    watch_parent()
     try:
         run(args)
-    except InterpolationResolutionError as error:
-        print(
-            f"error: Got a setting that could not be resolved: {str(error).splitlines()[0]}, expected every ${{...}} of "
-            "the config to exist. Set the environment variable, or give the setting itself.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except MisconfigurationException as error:
-        print(
-            f"error: Got settings that Lightning refuses ({error}), expected options that fit each other and this machine, "
-            f"which has {torch.cuda.device_count()} GPUs. Change what it names (trainer.accelerator, trainer.devices, ...).",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except ValueError as error:
-        found = _user_error(error)
-        if found is None:
-            raise
-        print(f"error: {found}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """Return the user's mistake behind an error: jsonargparse wraps what a class raises when it is made."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
+    except Exception as error:
+        leave(end(error), error)
 
 
 __all__ = ["MeanFlowCLI", "configs_dir", "load", "main", "run"]

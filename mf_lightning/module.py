@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mf_lightning.flow.meanflow import MeanFlowLoss
 from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator
-from mf_lightning.optim import compile_step, plain_states
+from mf_lightning.flow.rows import Draw
+from mf_lightning.optim import clip_gradients, compile_step, plain_states
+from mf_lightning.sharding import is_sharded
 from mf_lightning.types import AverageVelocity, LatentBatch, LatentSpec, LossTerms, UserError
 
 CHECKPOINT_FORMAT = 1
@@ -61,12 +64,16 @@ class MeanFlowModule(LightningModule):
         self.tf32 = tf32
         self.passes = PLAIN
         """How the loss calls the network in training."""
+        self.plain_passes = PLAIN
+        """The same in validation, never compiled as a whole."""
         self._compiled_generator: AverageVelocity | None = None
         self._gradient_norm: Tensor | None = None
         self.before_saving: Callable[[], None] = lambda: None
         """Called before anything is saved; may raise. The guard puts itself here."""
         self.last_terms: LossTerms | None = None
         """Terms of the newest training batch, for guards and logs."""
+        self.last_draw: Draw | None = None
+        """Its times, noise and label drops."""
         self._loaded_steps = 0
 
     @property
@@ -81,10 +88,18 @@ class MeanFlowModule(LightningModule):
 
     def configure_model(self) -> None:
         """Make the network once the data set's shape is known."""
-        if self.net is None:
-            self.net = self.make_net(self.trainer.datamodule.latent_spec)
-        device = self.trainer.strategy.root_device
+        device, spec = self.trainer.strategy.root_device, self.trainer.datamodule.latent_spec
+        shard = getattr(self.trainer.strategy, "shard_network", None)
         self._check_arithmetic(device)
+        if shard is not None:
+            with torch.device("meta"):  # shapes without memory
+                self.net = self.make_net(spec)
+            float32_jvp = self.loss.jvp_precision == "32-true"
+            shard(self.net, precision=str(self.trainer.precision), float32_jvp=float32_jvp, compile_blocks=self.compiled)
+            self.passes = self.plain_passes = Passes(least_rows=1)
+            return
+        if self.net is None:
+            self.net = self.make_net(spec)
         if self.compiled:
             self.passes = Passes.compiled(device)
             mode = "reduce-overhead" if self.cuda_graphs else None
@@ -114,7 +129,7 @@ class MeanFlowModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the configured optimizer and, if there is one, its schedule by optimizer step."""
         optimizer = self.optimizer([p for p in self.net.parameters() if p.requires_grad])
-        if self.compiled:
+        if self.compiled and not is_sharded(self.net):
             compile_step(optimizer)
         if self.lr_schedule is None:
             return optimizer
@@ -155,15 +170,16 @@ class MeanFlowModule(LightningModule):
             global_batch_size=self.trainer.datamodule.batch_size,
         )
         how = {"y_null": self.net.y_null, "passes": self.passes}
+        self.last_draw = draw
         terms = self.last_terms = self.loss(self.net, batch.x, self._labels(batch), draw, **how)
-        self._log_terms("train", terms, jumps=int((draw.r < draw.t).sum()))
+        self._log_terms("train", terms, counted=batch.row >= 0, jumps=draw.r < draw.t)
         return terms.loss
 
     def validation_step(self, batch: LatentBatch, batch_idx: int, stage: str = "val") -> None:
         """Log the loss of the raw weights at times and noise fixed by (seed, sample)."""
         draw = self.loss.draw_validation(batch.x, batch.index, seed=self.seed)
-        terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null)
-        self._log_terms(stage, terms, jumps=int((draw.r < draw.t).sum()))
+        terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null, passes=self.plain_passes)
+        self._log_terms(stage, terms, counted=batch.row >= 0, jumps=draw.r < draw.t)
 
     def test_step(self, batch: LatentBatch, batch_idx: int) -> None:
         """As validation; the images that `test` scores come from the evaluation callback."""
@@ -175,19 +191,20 @@ class MeanFlowModule(LightningModule):
     def _labels(self, batch: LatentBatch) -> Tensor | None:
         return None if self.net.y_null is None else batch.y
 
-    def _log_terms(self, stage: str, terms: LossTerms, *, jumps: int) -> None:
-        rows = len(terms.raw_error)
+    def _log_terms(self, stage: str, terms: LossTerms, *, counted: Tensor, jumps: Tensor) -> None:
+        rows, jumping = int(counted.sum()), int((counted & jumps).sum())  # a batch of filling has none, and weighs nothing
         how = {"batch_size": rows, "sync_dist": stage != "train"}
         self.log(f"{stage}/loss", terms.loss.detach(), **how)
         self.log(f"{stage}/raw_error", terms.raw_error.mean(), **how)
         self.log(f"{stage}/velocity_error", terms.velocity_error.mean(), **how)
         if self.loss.fm_fraction < 1:  # mean over r < t rows; a process without any logs it with weight 0, or others wait
-            self.log(f"{stage}/dudt_norm", terms.dudt_norm.sum() / max(jumps, 1), **{**how, "batch_size": jumps})
+            self.log(f"{stage}/dudt_norm", terms.dudt_norm.sum() / max(jumping, 1), **{**how, "batch_size": jumping})
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of this step's gradient before clipping, computed once a step, without waiting for the device."""
         if self._gradient_norm is None:
-            self._gradient_norm = get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+            norm = get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shards
         return self._gradient_norm
 
     def configure_gradient_clipping(
@@ -199,9 +216,10 @@ class MeanFlowModule(LightningModule):
         """Clip as the trainer says and log the norm before clipping."""
         norm, self._gradient_norm = self.gradient_norm(), None
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            if any(p.grad is not None for p in self.net.parameters()):  # torch raises at none, which a skipped step has
+                self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val is not None:
-            clip_grads_with_norm_(self.net.parameters(), gradient_clip_val, norm)
+            clip_gradients(self.net.parameters(), gradient_clip_val, norm)
         self.log("train/grad_norm", norm, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -212,7 +230,12 @@ class MeanFlowModule(LightningModule):
         plain_states(checkpoint, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another format or architecture.
+        """Refuse a checkpoint of another format or architecture, and note its step."""
+        self.check_checkpoint(checkpoint)
+        self._loaded_steps = checkpoint["global_step"]
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another format or architecture; its tensors' values are not looked at.
 
         Raises:
             UserError: naming what differs.
@@ -224,7 +247,6 @@ class MeanFlowModule(LightningModule):
                 "version of mf_lightning."
             )
         check_architecture(checkpoint["net"], describe_net(self.net))
-        self._loaded_steps = checkpoint["global_step"]
 
 
 def set_tf32(on: bool) -> None:
@@ -234,7 +256,8 @@ def set_tf32(on: bool) -> None:
 
 def describe_net(net: nn.Module) -> dict[str, Any]:
     """Return class and settings of a network as plain values (``config`` is the network's own account of them)."""
-    return {"class_path": f"{type(net).__module__}.{type(net).__qualname__}", "init_args": dict(net.config)}
+    kind = type(net).__bases__[1] if is_sharded(net) else type(net)  # FSDP2 makes a class (FSDPModule, SiT)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(net.config)}
 
 
 def check_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> None:

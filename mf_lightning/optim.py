@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mf_lightning.sharding import local
 from mf_lightning.types import UserError
 
 
@@ -43,6 +44,8 @@ def compile_step(optimizer: Optimizer) -> None:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            return loss  # a skipped step
         for group in self.param_groups:
             if not isinstance(group["lr"], Tensor):  # at the start, and again after a checkpoint was loaded
                 group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
@@ -71,6 +74,19 @@ def plain_states(checkpoint: dict[str, Any], optimizers: list[Optimizer]) -> Non
 
 def _number(rate: float | Tensor) -> float:
     return rate.item() if isinstance(rate, Tensor) else rate
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float, norm: Tensor) -> None:
+    """Scale gradients, in place, so that their norm is at most ``largest``; as ``torch.nn.utils.clip_grads_with_norm_`` does.
+
+    Args:
+        parameters: whole or in shards.
+        largest: norm to keep.
+        norm: of the gradients of all shards, a plain tensor.
+    """
+    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, torch.clamp(largest / (norm + 1e-6), max=1.0).to(gradients[0].device))
 
 
 def average(averages: list[Tensor], weights: list[Tensor], amount: float) -> None:

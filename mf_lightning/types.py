@@ -73,7 +73,8 @@ class LatentBatch(NamedTuple):
     index: Tensor
     """Number of the sample within its split, (B,) int64."""
     row: Tensor
-    """Row of the global batch of this optimizer step, (B,) int64, on the CPU: it decides the row's draws."""
+    """Row of the global batch of this optimizer step, (B,) int64, on the CPU: it decides the row's draws. -1 fills a
+    batch up in evaluation and counts for nothing."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tests.runs import RECIPES
 
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
 ON_THE_CPU = {  # these read the draw, which lives there, the guard's own copy, or Adam's step count
-    "check_times", "order", "_guide", "velocity_rows", "count_jumps", "training_step", "settle", "optimizer_step",
+    "check_times", "order", "_guide", "velocity_rows", "count_jumps", "_log_terms", "settle", "optimizer_step",
 }  # fmt: skip
 
 

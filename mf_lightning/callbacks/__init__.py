@@ -4,23 +4,30 @@ from mf_lightning.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from mf_lightning.callbacks.csv_log import MetricsCSV
 from mf_lightning.callbacks.ema import EMA
 from mf_lightning.callbacks.guards import NonFiniteGuard
+from mf_lightning.callbacks.heartbeat import Heartbeat
+from mf_lightning.callbacks.preemption import Preempted, Preemption
 from mf_lightning.callbacks.run_summary import RunSummary
 from mf_lightning.callbacks.sample_eval import SampleEval
 from mf_lightning.callbacks.sample_grid import SampleGrid, SampleWriter
 from mf_lightning.callbacks.self_check import SelfCheck
+from mf_lightning.callbacks.spikes import SpikeLog
 from mf_lightning.callbacks.training_bar import TrainingBar
 
 __all__ = [
     "EMA",
     "AtomicCheckpointIO",
     "BestCheckpoint",
+    "Heartbeat",
     "LastCheckpoint",
     "MetricsCSV",
     "NonFiniteGuard",
+    "Preempted",
+    "Preemption",
     "RunSummary",
     "SampleEval",
     "SampleGrid",
     "SampleWriter",
     "SelfCheck",
+    "SpikeLog",
     "TrainingBar",
 ]

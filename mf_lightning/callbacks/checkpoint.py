@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or absent, and readable without running code."""
+"""When checkpoints are written, and what Lightning's part of them says about where a run stands."""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +12,134 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from mf_lightning.callbacks.csv_log import MetricsCSV
+from mf_lightning.callbacks.preemption import Preempted
+from mf_lightning.checkpoints import LAST, read_checkpoint, tidy, write_checkpoint
 from mf_lightning.types import UserError
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep the newest state in the one file ``last.ckpt``: at every validation, between far ones, and at the end.
+    """Keep the newest state as ``last.ckpt``: after every validation, between far ones, at the end, and when preempted.
+
+    States are written between two steps, when all that was logged of the earlier one is on disk, so that a resumed run repeats
+    and loses nothing. ``last.ckpt`` is a link to ``step00000120.ckpt``; the checkpoint before it is kept as well.
 
     Args:
         folder: where ``last.ckpt`` is written.
-        every_n_steps: optimizer steps between saves besides those at validations.
+        every_n_steps: optimizer steps between saves besides those after validations.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 5000) -> None:
         if every_n_steps < 1:
             raise UserError(f"Got every_n_steps = {every_n_steps} for last.ckpt, expected at least 1.")
-        self.path = Path(folder) / "last.ckpt"
+        self.path = Path(folder) / LAST
         self.every_n_steps = every_n_steps
         self._saved_step = -1
+        self._validating = False
+        self._validated = False
+        self._validation_due = False
+        self._max_steps: int | None = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save between validations."""
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_step:
-            self._save(trainer)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear away what a killed run left half written; do the validation inside which a run was preempted."""
+        self._saved_step = trainer.global_step
+        self._validating = self._validated = False
+        if trainer.is_global_zero:
+            tidy(self.path.parent)
+        trainer.strategy.barrier()
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.start_from(trainer.global_step)
+        loop = trainer.fit_loop.epoch_loop
+        if self._max_steps is not None:
+            loop.max_steps, self._max_steps = self._max_steps, None
+        if self._validation_due:
+            self._validation_due = False
+            _validate(trainer)
+        if loop.restarting:  # loggers count by it; Lightning, resumed behind a validation, first counts a step that it skips
+            skips = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+            loop._batches_that_stepped = trainer.global_step - int(skips)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that what happens now belongs to a validation."""
+        self._validating = trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at a validation inside `fit`."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        """Save before the next step."""
+        self._validated, self._validating = self._validating, False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save, where a validation or many steps have passed."""
+        due = self._validated or (trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_step)
+        if due and batch_idx % trainer.accumulate_grad_batches == 0:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, wherever validations fall."""
-        if trainer.global_step != self._saved_step:
+        if self._validated or trainer.global_step != self._saved_step:
             self._save(trainer)
+        _finish_writing(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save when preempted: all processes come here together."""
+        if isinstance(exception, Preempted):
+            if self._validated or self._validating or trainer.global_step != self._saved_step:
+                self._save(trainer)
+            _finish_writing(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:
-            self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.path)
+        self._validated = False
+        if trainer.fast_dev_run:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether a validation is still to be done."""
+        checkpoint["resume"] = {"validation_due": self._validating}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Set Lightning's counters to the step, as this run cuts steps and epochs; see that a due validation is done."""
+        if not trainer.training:
+            return
+        self._validation_due = checkpoint.get("resume", {}).get("validation_due", False)
+        loops, step = checkpoint["loops"]["fit_loop"], checkpoint["global_step"]
+        total, limit = step * trainer.accumulate_grad_batches, trainer.limit_train_batches
+        whole = trainer.datamodule.steps_per_epoch * trainer.accumulate_grad_batches
+        epoch, current = divmod(total, min(limit, whole) if isinstance(limit, int) else int(limit * whole))
+        batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        for counts, number in ((batches["total"], total), (batches["current"], current)):
+            counts.update(dict.fromkeys(counts, number))
+        validation = loops["epoch_loop.val_loop.batch_progress"]
+        for counts in (validation["total"], validation["current"]):
+            counts.update(dict.fromkeys(counts, 0))
+        batches["is_last_batch"] = validation["is_last_batch"] = False
+        for counts in (epochs["total"], epochs["current"]):
+            counts.update(ready=epoch + 1, started=epoch + 1, processed=epoch, completed=epoch)
+        if self._validation_due and trainer.max_steps == checkpoint["global_step"]:
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps += 1  # or Lightning would end before the hook that validates
+
+
+def _validate(trainer: Trainer) -> None:
+    """Run the validation of the step that a resumed run starts from, as Lightning does after a batch."""
+    loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    loop._batches_that_stepped = trainer.global_step - 1
+    first = connector._first_loop_iter
+    trainer.validating = True
+    loop.val_loop.restarting = False
+    loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+
+
+def _finish_writing(trainer: Trainer) -> None:
+    """Wait for what is written in the background."""
+    for owner, name in ((trainer.strategy, "wait_for_checkpoint"), (trainer.strategy.checkpoint_io, "wait")):
+        if hasattr(owner, name):
+            getattr(owner, name)()
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -78,47 +168,59 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write aside, then rename, so that an earlier checkpoint survives a full disk or a kill; load plain values only."""
+    """Write aside, then rename, so that an earlier checkpoint survives a full disk or a kill; check and load plain values only.
+
+    Args:
+        background: copy the state and write it while training goes on. It takes the memory of the copy. A write that fails is
+            told at the next one, or at the end.
+    """
+
+    def __init__(self, background: bool = False) -> None:
+        self.background = background
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        """Write a checkpoint under a temporary name, flush it to disk and rename it.
+        """Write a checkpoint in one file.
 
         Raises:
             UserError: the disk is full or not writable; what was at ``path`` is still there.
         """
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(aside, path)
-        except (OSError, RuntimeError) as error:
-            kept = f"The earlier {path} is still whole." if path.exists() else "Nothing was written."
-            raise UserError(
-                f"Got no checkpoint written to {path} ({error}), expected space for it. {kept} Free some space and resume, "
-                "or change trainer.default_root_dir."
-            ) from error
-        finally:
-            aside.unlink(missing_ok=True)
+        if not self.background:
+            write_checkpoint(checkpoint, path)
+            return
+        self.wait()
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = self._thread.submit(write_checkpoint, _copied(checkpoint), path)
 
-    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        """Read a checkpoint with ``weights_only``: no code in it is ever run.
+    def wait(self) -> None:
+        """Wait until what is written in the background is whole.
 
         Raises:
-            UserError: no such file, a truncated one, or one that needs code.
+            UserError: it could not be written.
         """
-        import pickle
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
-        file = Path(path)
-        if not file.is_file():
-            raise UserError(f"Got the checkpoint '{path}', which is no file, expected one such as checkpoints/last.ckpt.")
-        try:
-            return torch.load(file, map_location=map_location or "cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"Got the checkpoint '{path}', which cannot be read ({str(error).splitlines()[0]}), expected a whole one of "
-                "plain values. Use another checkpoint of the run."
-            ) from error
+    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Read a file or a directory of shards, whole, with ``weights_only``: no code in it is ever run.
+
+        Raises:
+            UserError: no such checkpoint, a truncated or altered one, or one that needs code.
+        """
+        return read_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Finish writing."""
+        self.wait()
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map(_copied, tree))
+    return tree

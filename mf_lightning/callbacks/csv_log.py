@@ -16,6 +16,8 @@ class _KeepingWriter(ExperimentWriter):
     def __init__(self, log_dir: str, file_name: str) -> None:
         self.NAME_METRICS_FILE = file_name
         super().__init__(log_dir=log_dir)
+        self.first_step: int | None = None
+        """Rows of earlier runs stay up to here; None is the first step that is written."""
         self._joined = False
 
     def _check_log_dir_exists(self) -> None:
@@ -23,24 +25,37 @@ class _KeepingWriter(ExperimentWriter):
 
     def save(self) -> None:
         if self.metrics and not self._joined:
-            self._join(Path(self.metrics_file_path), first_step=min(int(row["step"]) for row in self.metrics))
+            first = min(int(row["step"]) for row in self.metrics) if self.first_step is None else self.first_step
+            self._join(Path(self.metrics_file_path), first_step=first)
             self._joined = True
         super().save()
 
     def _join(self, file: Path, *, first_step: int) -> None:
-        """Drop old rows from ``first_step`` on and take over the old header."""
-        if not file.exists():
-            return
-        with file.open(newline="") as stream:
-            reader = csv.DictReader(stream)
-            kept = [row for row in reader if row.get("step") and int(row["step"]) < first_step]
-            self.metrics_keys = sorted(reader.fieldnames or [])
-        aside = file.with_name(f".{file.name}.tmp")
-        with aside.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(kept)
-        aside.replace(file)
+        """Drop old rows from ``first_step`` on, and one that was cut off in the middle, and take over the old header."""
+        if file.exists():
+            rows, self.metrics_keys = _read_whole_rows(file)
+            _write_rows(file, [row for row in rows if int(row["step"]) < first_step], self.metrics_keys)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Add columns, in a new file that then takes the old one's place."""
+        file = Path(self.metrics_file_path)
+        _write_rows(file, _read_whole_rows(file)[0], fieldnames)
+
+
+def _read_whole_rows(file: Path) -> tuple[list[dict[str, str]], list[str]]:
+    with file.open(newline="") as stream:
+        lines = [line for line in stream if line.endswith("\n")]
+    reader = csv.DictReader(lines)
+    return [row for row in reader if row.get("step")], sorted(reader.fieldnames or [])
+
+
+def _write_rows(file: Path, rows: list[dict[str, str]], fieldnames: list[str]) -> None:
+    aside = file.with_name(f".{file.name}.tmp")
+    with aside.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.replace(file)
 
 
 class MetricsCSV(CSVLogger):
@@ -56,6 +71,11 @@ class MetricsCSV(CSVLogger):
     def __init__(self, folder: str, file_name: str = "metrics.csv", flush_logs_every_n_steps: int = 10) -> None:
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
         self.file_name = file_name
+
+    def start_from(self, step: int) -> None:
+        """Drop rows of an earlier run from this optimizer step on: this run writes them again."""
+        if rank_zero_only.rank == 0:
+            self.experiment.first_step = step
 
     @property
     def experiment(self) -> ExperimentWriter:

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from mf_lightning.optim import average, compiled_average
+from mf_lightning.sharding import is_sharded, local
 from mf_lightning.types import UserError
 
 
@@ -43,11 +44,17 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start every average at the weights, or where the checkpoint left it."""
+        sharded = is_sharded(pl_module.net)
+        if sharded and self.on_cpu:
+            raise UserError(
+                "Got ema.on_cpu = true under FSDP, expected false: averages are sharded like the weights. To keep all shards in "
+                "main memory set trainer.strategy.init_args.cpu_offload."
+            )
         for decay in self.decays:
             if decay not in self.weights:
                 self.weights[decay] = {name: self._home(p.detach().clone()) for name, p in _parameters(pl_module)}
         self._to_device(pl_module)
-        self._average = compiled_average() if pl_module.compiled and not self.on_cpu else average
+        self._average = compiled_average() if pl_module.compiled and not (self.on_cpu or sharded) else average
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the optimizer step, which a resumed trainer knows only now."""
@@ -64,9 +71,10 @@ class EMA(Callback):
 
     def _to_device(self, pl_module: LightningModule) -> None:
         if not self.on_cpu:
+            devices = {name: parameter.device for name, parameter in _parameters(pl_module)}
             for weights in self.weights.values():
                 for name in weights:
-                    weights[name] = weights[name].to(pl_module.device)
+                    weights[name] = weights[name].to(devices[name])
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -76,10 +84,10 @@ class EMA(Callback):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        current = [self._home(p.detach()) for _, p in _parameters(pl_module)]
+        current = [local(self._home(p.detach())) for _, p in _parameters(pl_module)]
         for decay in self.decays:
             now = min(decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else decay
-            self._average(list(self.weights[decay].values()), current, 1 - now)
+            self._average([local(weight) for weight in self.weights[decay].values()], current, 1 - now)
         self.updates += 1
 
     @contextmanager
@@ -97,15 +105,15 @@ class EMA(Callback):
                 f"Got a request for the EMA of decay {decay}, expected one that exists: {sorted(self.weights) or 'none'}. "
                 "Change ema.decays, ema.use or sample_eval.emas; a checkpoint holds only the averages it was trained with."
             )
-        weights, raw = self.weights[decay], {}
-        for name, parameter in _parameters(pl_module):
-            raw[name] = parameter.data
-            parameter.data = weights[name].to(parameter.device)
+        weights = self.weights[decay]
+        swapped: list[tuple[Tensor, Tensor]] = []
         try:
+            for name, parameter in _parameters(pl_module):
+                swapped.append(_swap(local(parameter), local(weights[name])))
             yield
         finally:
-            for name, parameter in _parameters(pl_module):
-                parameter.data = raw[name]
+            for pair in swapped:
+                _swap(*pair)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the averages by decay; ``state_dict`` holds the raw weights."""
@@ -129,6 +137,15 @@ class EMA(Callback):
             )
         self.updates = saved["updates"]
         self.weights = found
+
+
+@torch.no_grad()
+def _swap(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Exchange the values of two tensors in place (a shard's memory is known to FSDP, and cannot be replaced); return them."""
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)
+    return one, other
 
 
 def _parameters(pl_module: LightningModule) -> list[tuple[str, nn.Parameter]]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mf_lightning import draws
 from mf_lightning.callbacks.ema import EMA
+from mf_lightning.callbacks.preemption import poll
 from mf_lightning.draws import Stream
 from mf_lightning.flow.sampler import CountedPasses, sample, time_grid
 from mf_lightning.types import UserError
@@ -75,19 +76,23 @@ def generate(
     seed: int,
     labels: LabelScheme,
     batch_size: int,
+    everywhere: bool = False,
     progress: bool = True,
 ) -> Iterator[Images]:
-    """Yield pictures of the given numbers, batch by batch.
+    """Yield this process's share of the pictures of the given numbers, batch by batch.
+
+    Every process calls it, with the same numbers: they call the network equally often, as a sharded one must be.
 
     Args:
         trainer: gives precision, EMA callback and data module.
         pl_module: its network draws.
-        index: numbers of the images that this process makes, (N,) int64.
+        index: numbers of the images that all processes make together, dealt to them in turn, (N,) int64.
         num_steps: jumps of the sampler.
         ema: decay of the average to use; None is the raw weights.
         seed: with an image's number it decides noise and, where uniform, label.
         labels: "balanced" or "uniform".
-        batch_size: images at a time; the pictures do not depend on it.
+        batch_size: images at a time on each process; the pictures do not depend on it.
+        everywhere: every process makes all of them.
         progress: show a bar on the first process.
     """
     net, data = pl_module.net, trainer.datamodule
@@ -97,12 +102,17 @@ def generate(
     weights = "raw weights" if ema is None else f"EMA {ema}"
     was_training = net.training
     net.eval()
-    bar = tqdm(total=len(index), desc=f"Sampling NFE {num_steps}, {weights}", unit="img", leave=False, disable=not show)
+    rank, processes = (0, 1) if everywhere else (trainer.global_rank, trainer.world_size)
+    mine, largest = index[rank::processes], -(-len(index) // processes)
+    bar = tqdm(total=len(mine), desc=f"Sampling NFE {num_steps}, {weights}", unit="img", leave=False, disable=not show)
     try:
         with bar, find_ema(trainer).applied(pl_module, ema):
-            for part in index.split(batch_size):
-                # compiled graphs have one size: the last batch is filled up with images that are thrown away
-                filled = part if not pl_module.compiled else _fill(part, min(batch_size, len(index)))
+            for start in range(0, largest, batch_size):
+                poll(trainer)
+                part = mine[start : start + batch_size]
+                # others may have one more, and compiled graphs have one size: filled up with images that are thrown away
+                size = min(batch_size, largest if pl_module.compiled else largest - start)
+                filled = _fill(part, size, otherwise=index[:1])
                 on_device = filled.to(pl_module.device)
                 noise = draws.normal(
                     seed, Stream.SAMPLE_NOISE, step=0, rows=on_device, shape=data.latent_spec.shape, dtype=dtype
@@ -113,15 +123,17 @@ def generate(
                     latents = sample(counted, noise, y=y, grid=time_grid(num_steps))
                 kept = slice(0, len(part))
                 labels_kept = None if y is None else y[kept]
-                yield Images(data.decode(latents[kept]), labels_kept, part, counted.passes)
+                if len(part):
+                    yield Images(data.decode(latents[kept]), labels_kept, part, counted.passes)
                 bar.update(len(part))
     finally:
         net.train(was_training)
 
 
-def _fill(index: Tensor, size: int) -> Tensor:
-    """Repeat the last number until there are ``size``."""
-    return torch.cat([index, index[-1:].expand(size - len(index))])
+def _fill(index: Tensor, size: int, otherwise: Tensor) -> Tensor:
+    """Repeat the last number, or another where there is none, until there are ``size``."""
+    last = index[-1:] if len(index) else otherwise
+    return torch.cat([index, last.expand(size - len(index))])
 
 
 class Stopwatch:

@@ -63,5 +63,5 @@ def _listing(places: dict[str, Path]) -> list[str]:
 
 def _short(path: Path) -> Path:
     """Return a path relative to the working directory where it lies below it."""
-    path, here = path.resolve(), Path.cwd()
+    path, here = path.absolute(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

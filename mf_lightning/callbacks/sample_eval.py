@@ -104,14 +104,8 @@ class SampleEval(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop lines of a run that was cut off behind the checkpoint it now resumes from."""
-        file = Path(trainer.default_root_dir) / RESULTS_FILE
-        if trainer.is_global_zero and file.exists():
-            lines = file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.global_step]
-            if kept != lines:
-                aside = file.with_name(f".{file.name}.tmp")
-                aside.write_text("".join(kept))
-                aside.replace(file)
+        if trainer.is_global_zero:
+            _keep_lines(Path(trainer.default_root_dir) / RESULTS_FILE, before=trainer.global_step + 1)
 
     def _computed_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
         """Decode the training split once, on the first process, and keep the statistics beside the run."""
@@ -142,6 +136,9 @@ class SampleEval(Callback):
         if self.extractor is None:
             return
         emas = [find_ema(trainer).use] if self.emas is None else self.emas
+        file = Path(trainer.default_root_dir) / RESULTS_FILE
+        if trainer.is_global_zero and trainer.state.fn == "fit":  # what an interrupted validation of this step left
+            _keep_lines(file, before=trainer.global_step)
         for ema in emas:
             for num_steps in self.nfe:
                 row = self._evaluate(trainer, pl_module, num_steps, ema)
@@ -151,17 +148,16 @@ class SampleEval(Callback):
                     if row[name] is not None:
                         pl_module.log(f"{name}/nfe{row['nfe']}{suffix}", row[name], rank_zero_only=False)
                 if trainer.is_global_zero:
-                    _append_line(Path(trainer.default_root_dir) / RESULTS_FILE, row)
+                    _append_line(file, row)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, num_steps: int, ema: float | None) -> dict[str, Any]:
         quality = SampleQuality(self.extractor, self.reference).to(pl_module.device)
-        mine = torch.arange(trainer.global_rank, self.num_samples, trainer.world_size)
         watch = Stopwatch(pl_module.device)
         nfe = num_steps
         for images in generate(
             trainer,
             pl_module,
-            mine,
+            torch.arange(self.num_samples),
             num_steps=num_steps,
             ema=ema,
             seed=self.seed,
@@ -198,6 +194,18 @@ class SampleEval(Callback):
             "ema": ema,
             "nfe": nfe,
         }
+
+
+def _keep_lines(file: Path, *, before: int) -> None:
+    """Drop lines of a step and later ones, and one that was cut off in the middle."""
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before]
+    if kept != lines:
+        aside = file.with_name(f".{file.name}.tmp")
+        aside.write_text("".join(kept))
+        aside.replace(file)
 
 
 def _append_line(file: Path, row: dict[str, Any]) -> None:

@@ -59,17 +59,16 @@ class SampleGrid(Callback):
         self.scale = scale
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw on the first process; the sanity check draws nothing."""
+        """Draw, on every process, and write on the first; the sanity check draws nothing."""
         if trainer.sanity_checking or self.rows == 0 or trainer.datamodule.autoencoder is None:
-            return
-        if not trainer.is_global_zero:
             return
         classes = pl_module.net.y_null or 0
         columns = min(classes, self.max_columns) if classes else self.max_columns
         stride = classes or columns  # image i has class i mod classes, so column k of row j is image j * classes + k
         index = (torch.arange(self.rows)[:, None] * stride + torch.arange(columns)).flatten()
         folder = Path(trainer.default_root_dir) / "grids"
-        folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
         for num_steps in self.nfe:
             batches = generate(
                 trainer,
@@ -80,9 +79,13 @@ class SampleGrid(Callback):
                 seed=self.seed,
                 labels="balanced",
                 batch_size=64,
+                everywhere=True,
                 progress=False,
             )
-            sheet = tile(torch.cat([images.pixels.cpu() for images in batches]), columns=columns)
+            pixels = torch.cat([images.pixels.cpu() for images in batches])
+            if not trainer.is_global_zero:
+                continue
+            sheet = tile(pixels, columns=columns)
             picture = to_picture(sheet)
             picture = picture.resize((picture.width * self.scale, picture.height * self.scale), Image.Resampling.NEAREST)
             picture.save(folder / f"step{pl_module.trained_steps:08d}_nfe{num_steps}.png")
@@ -128,12 +131,11 @@ class SampleWriter(Callback):
         """Write this process's images: number i belongs to process i mod world_size."""
         folder = Path(self.folder or Path(trainer.default_root_dir) / "samples")
         folder.mkdir(parents=True, exist_ok=True)
-        mine = torch.arange(trainer.global_rank, self.num_samples, trainer.world_size)
         labels: list[tuple[int, int]] = []
         for images in generate(
             trainer,
             pl_module,
-            mine,
+            torch.arange(self.num_samples),
             num_steps=self.num_steps,
             ema=find_ema(trainer).use,
             seed=self.seed,

@@ -15,6 +15,7 @@ from mf_lightning.flow.meanflow import without_dropout
 from mf_lightning.flow.passes import PLAIN, Passes
 from mf_lightning.flow.path import interpolate
 from mf_lightning.flow.rows import Draw
+from mf_lightning.sharding import is_sharded, materialise
 from mf_lightning.types import LatentBatch, LossTerms, UserError
 
 STEP = 1e-4
@@ -59,7 +60,7 @@ class SelfCheck(Callback):
         if not self.enabled:
             rank_zero_info("Self-check is off (self_check.enabled = false): the JVP and the compiled passes are trusted.")
             return
-        net = fill_zeros(copy.deepcopy(pl_module.net))
+        net = fill_zeros(_copy(pl_module))
         with without_dropout(net):
             self.errors = self._compare(trainer, pl_module, net, batch)
         measured = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
@@ -75,7 +76,7 @@ class SelfCheck(Callback):
             at = jumps.to(batch.x.device)
             few = (batch.x[at], None if y is None else y[at], draw.sorted_by(jumps))
             self._check_derivative(trainer, pl_module, net, *few, bound)
-        if pl_module.compiled:
+        if pl_module.compiled and not is_sharded(pl_module.net):
             try:
                 self._check_compiled(trainer, pl_module, net, batch.x, y, draw, bound)
             except torch.OutOfMemoryError as error:
@@ -149,6 +150,19 @@ class SelfCheck(Callback):
                 "model.loss.init_args.jvp=torch, model.net.init_args.jvp_attention=math, model.compile=false, or "
                 "trainer.precision=32-true; self_check.enabled=false runs all the same."
             )
+
+
+def _copy(pl_module: LightningModule) -> nn.Module:
+    """Return a copy of the network; of a sharded one, which is never whole, one with its first block only, whole and fresh."""
+    net = pl_module.net
+    if not is_sharded(net):
+        return copy.deepcopy(net)
+    with torch.device("meta"):
+        short = pl_module.make_net(pl_module.trainer.datamodule.latent_spec)
+    short.blocks = short.blocks[:1]
+    short = short.to(next(net.parameters()).dtype)
+    materialise(short, pl_module.device)
+    return short
 
 
 def fill_zeros(net: nn.Module) -> nn.Module:

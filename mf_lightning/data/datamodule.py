@@ -84,6 +84,32 @@ class LatentData(LightningDataModule):
             self.split("train")
         self.split(self.val_split)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole optimizer steps in one pass over the training split."""
+        return len(self.split("train")) // self.batch_size
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what decides which samples a step number stands for; stored in every checkpoint."""
+        split = self.split("train") if "train" in self._splits else None
+        return {} if split is None else {"samples": len(split), "batch_size": self.batch_size, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Refuse to resume on a stream of other samples, which would repeat some and leave some out.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        ours = self.state_dict()
+        if self.trainer.training and ours != state:
+            differ = [key for key in state if ours.get(key) != state[key]]
+            got, expected = (", ".join(f"{key} = {values.get(key)}" for key in differ) for values in (ours, state))
+            raise UserError(
+                f"Got training data with {got}, expected the checkpoint's {expected}: a resumed run goes on at step x batch_size "
+                "of one stream of samples. Give it the same data, data.init_args.batch_size and seed (any number of devices "
+                "will do), or start a new run."
+            )
+
     def train_dataloader(self) -> TrainLoader:
         """Return this device's share of the endless training stream, from the trainer's optimizer step on."""
         trainer = self.trainer

@@ -142,6 +142,9 @@ class TrainLoader:
 class EvalLoader:
     """Every sample of a split once, in order; sample i on device ``i mod world_size``.
 
+    All devices have equally many batches, as a sharded network needs: one that has run out repeats sample 0 with row -1, which
+    counts for nothing.
+
     Args:
         split: samples.
         batch_size: per device.
@@ -153,13 +156,17 @@ class EvalLoader:
         self.split = split
         self.batch_size = batch_size
         self.mine = np.arange(rank, len(split), world_size)
+        self.largest = -(-len(split) // world_size)
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
+        return -(-self.largest // self.batch_size)
 
     def __iter__(self) -> Iterator[LatentBatch]:
-        for start in range(0, len(self.mine), self.batch_size):
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
             index = self.mine[start : start + self.batch_size]
+            filling = len(index) == 0
+            index = np.zeros(1, np.int64) if filling else index
             latents, labels = self.split.gather(index)
             numbers = torch.from_numpy(index)
-            yield LatentBatch(torch.from_numpy(latents), torch.from_numpy(labels), numbers, numbers)
+            rows = numbers - 1 if filling else numbers
+            yield LatentBatch(torch.from_numpy(latents), torch.from_numpy(labels), numbers, rows)

@@ -224,7 +224,7 @@ class MeanFlowLoss:
         r = t rows ``v_c`` is ``u`` itself, unless dropout makes the two passes differ.
         """
         guided = ~draw.dropped & self.guidance.acts_at(draw.t)
-        if self.guidance.is_none or not bool(guided.any()):
+        if self.guidance.is_none or not (bool(guided.any()) or passes.least_rows):
             return None
         apart = guided if _dropouts(net) else guided & draw.jumps
         plan = velocity_rows(guided, apart, self.guidance, passes)

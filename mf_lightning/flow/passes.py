@@ -40,6 +40,8 @@ class Passes:
     dudt: Callable[..., Tensor] = total_derivative
     fixed_sizes: bool = False
     """Whether row counts are padded."""
+    least_rows: int = 0
+    """Rows that every call has at least: 1 where all processes must call a sharded network equally often."""
 
     @classmethod
     def compiled(cls, device: torch.device) -> Passes:
@@ -61,7 +63,8 @@ class Passes:
         return cls(*map(whole, calls), fixed_sizes=True)
 
     def padded(self, count: int, batch_size: int, parts: int) -> int:
-        """Return ``count`` rounded up to a multiple of ``batch_size / parts`` where sizes are fixed; 0 stays 0."""
+        """Return ``count``, or ``least_rows``, rounded up to a multiple of ``batch_size / parts`` where sizes are fixed."""
+        count = max(count, self.least_rows)
         if not self.fixed_sizes:
             return count
         step = max(1, batch_size // parts)

@@ -6,6 +6,8 @@ Source: willisma/SiT 947f95b (adaLN-zero blocks) with the second time embedder o
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -73,6 +75,7 @@ class SiT(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        self.init_seed = int(torch.randint(2**63 - 1, (), device="cpu"))  # from torch's own seed, before any layer draws
         channels, height, width = latent.shape
         _check_shape(latent, patch_size, hidden_size, num_heads)
         self.patch_size = patch_size
@@ -106,7 +109,8 @@ class SiT(nn.Module):
         for block in self.blocks:
             block.attn.flash_tangents = jvp_attention == "flash"
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * channels)
-        self.initialize_weights()
+        if not self.pos_embed.is_meta:  # one without memory gets its values in shards
+            self.initialize_weights()
 
     @classmethod
     def of_size(cls, size: str, latent: LatentSpec, **kwargs) -> SiT:
@@ -134,28 +138,24 @@ class SiT(nn.Module):
             shape = {"tokens": self.pos_embed.shape[1], "num_heads": attention.num_heads, "head_size": attention.head_dim}
             kernels.check_kernel(device, **shape, dtype=dtype)
 
+    def initial_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and first value of each parameter and buffer, one whole tensor at a time, on the CPU.
+
+        Each is a function of (``init_seed``, name): a network that is built in shards starts where one built whole does.
+        """
+        for name, parameter in self.named_parameters():
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            key = hashlib.sha256(f"{self.init_seed} {name}".encode()).digest()
+            _initialize(name, value, torch.Generator("cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True)))
+            yield name, value
+        yield "pos_embed", position_table(self.pos_embed.shape[-1], *self.grid)
+
+    @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise as the original: Xavier for linear layers, 0.02 for embeddings, zero where adaLN-zero asks for it."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj
-        nn.init.xavier_uniform_(patches.weight.data.flatten(1))
-        nn.init.zeros_(patches.bias)
-        with torch.no_grad():
-            self.pos_embed.copy_(position_table(self.pos_embed.shape[-1], *self.grid))
-        for time in self.times:
-            embedder = self.get_submodule(f"{time}_embedder")
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for module in [*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1]]:
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name, value in self.initial_weights():
+            tensors[name].copy_(value)
 
     def forward(
         self, z_t: Tensor, *, t: Tensor, r: Tensor, y: Tensor | None, v_g: Tensor | None = None
@@ -228,6 +228,19 @@ class SiT(nn.Module):
         p = self.patch_size
         x = tokens.reshape(len(tokens), rows, columns, p, p, -1)
         return torch.einsum("nhwpqc->nchpwq", x).reshape(len(tokens), -1, rows * p, columns * p)
+
+
+def _initialize(name: str, value: Tensor, generator: torch.Generator) -> None:
+    """Fill the first value of a SiT's parameter, by its name."""
+    zero = ("bias", "adaLN_modulation.1.weight", "final_layer.linear.weight")
+    if name.endswith(zero):
+        value.zero_()
+    elif "_norm." in name:
+        value.fill_(1)
+    elif "_embedder.mlp." in name or "embedding_table" in name:
+        value.normal_(std=0.02, generator=generator)
+    else:
+        nn.init.xavier_uniform_(value.flatten(1), generator=generator)
 
 
 def _look_up(name: str, key: str, table: dict):
