@@ -90,17 +90,17 @@ class MeanFlowModule(LightningModule):
         """Make the network once the data set's shape is known."""
         device, spec = self.trainer.strategy.root_device, self.trainer.datamodule.latent_spec
         shard = getattr(self.trainer.strategy, "shard_network", None)
-        self._check_arithmetic(device)
         if shard is not None:
             with torch.device("meta"):  # shapes without memory
                 self.net = self.make_net(spec)
+        elif self.net is None:
+            self.net = self.make_net(spec)
+        self._check_arithmetic(device)
+        if shard is not None:
             float32_jvp = self.loss.jvp_precision == "32-true"
             shard(self.net, precision=str(self.trainer.precision), float32_jvp=float32_jvp, compile_blocks=self.compiled)
             self.passes = self.plain_passes = Passes(least_rows=1)
-            return
-        if self.net is None:
-            self.net = self.make_net(spec)
-        if self.compiled:
+        elif self.compiled:
             self.passes = Passes.compiled(device)
             mode = "reduce-overhead" if self.cuda_graphs else None
             self._compiled_generator = compiled_generator(self.net, mode=mode)

@@ -39,7 +39,10 @@ def test_a_run_leaves_its_files(smoke):
     for name in ("config.yaml", "metrics.csv", "sample_eval.jsonl"):
         assert (root / name).is_file()
     assert [p.name for p in root.rglob("last*.ckpt")] == ["last.ckpt"]
-    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == ["best_nfe1.ckpt", "best_nfe2.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == [
+        "best_nfe1.ckpt", "best_nfe2.ckpt", "last.ckpt", "step00000030.ckpt", "step00000060.ckpt",
+    ]  # fmt: skip
+    assert (root / "checkpoints" / "last.ckpt").resolve().name == "step00000060.ckpt"
     names = sorted(p.name for p in (root / "grids").iterdir())
     assert names == [f"step{step:08d}_nfe{nfe}.png" for step in (30, 60) for nfe in (1, 2)]
     assert Image.open(root / "grids" / names[0]).size == (10 * 34 + 2, 4 * 34 + 2)
@@ -208,7 +211,7 @@ def test_other_counts_of_steps_need_no_other_settings(tmp_path):
     for name, extra in ways.items():
         root = tmp_path / name
         assert command_line("fit", *SMOKE, f"--trainer.default_root_dir={root}", *short, *extra).returncode == 0
-        assert [p.name for p in (root / "checkpoints").iterdir()] == ["last.ckpt"]
+        assert sorted(p.name for p in (root / "checkpoints").iterdir()) == ["last.ckpt", "step00000002.ckpt"]
     assert lines(tmp_path / "three" / "sample_eval.jsonl")[0]["nfe"] == 3
     assert not (tmp_path / "off" / "sample_eval.jsonl").exists()
 
@@ -356,6 +359,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(smoke, tmp_path):
 def test_a_truncated_checkpoint_is_refused(smoke, tmp_path):
     whole = (smoke[0] / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    for name, message in (("cut.ckpt", "cannot be read"), ("absent.ckpt", "no file")):
+    for name, message in (("cut.ckpt", "cannot be read"), ("absent.ckpt", "does not exist")):
         result = command_line("test", *SMOKE, f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={tmp_path / name}")
         assert message in error_of(result)

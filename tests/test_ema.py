@@ -69,9 +69,10 @@ def test_accumulated_batches_do_not_update():
 def test_weights_are_swapped_in_and_come_back_also_after_an_error():
     module, ema = Module(), EMA(decays=[0.5], on_cpu=True)
     run(ema, module, [1.0, 2.0])
-    raw = module.net.weight.data_ptr()
+    raw, average = module.net.weight.data_ptr(), ema.weights[0.5]["weight"].clone()
     with ema.applied(module, 0.5):
-        assert torch.equal(module.net.weight, ema.weights[0.5]["weight"])
+        assert torch.equal(module.net.weight, average)
+    assert torch.equal(ema.weights[0.5]["weight"], average)
     with ema.applied(module, None):
         assert (module.net.weight == 2).all()
 
