@@ -10,11 +10,10 @@ import warnings
 from argparse import _SubParsersAction
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -38,6 +37,13 @@ from mf_lightning.module import MeanFlowModule
 from mf_lightning.orphans import watch_parent
 from mf_lightning.types import UserError
 
+STRATEGIES = (
+    "auto",
+    "ddp",
+    "lightning.pytorch.strategies.DDPStrategy",
+    "lightning.pytorch.strategies.SingleDeviceStrategy",
+    "mf_lightning.strategies.FSDPStrategy",
+)
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -98,16 +104,11 @@ class MeanFlowCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take no settings from a checkpoint: Lightning would let them win over the command line, silently."""
 
-    def before_validate(self) -> None:
-        """Refuse a strategy that the callbacks do not know."""
-        check_strategy(self.trainer)
-
-    before_test = before_predict = before_validate
-
     def before_instantiate_classes(self) -> None:
         """Follow torchrun or SLURM; give `validate`, ... a metrics file of their own; one progress bar or none."""
         trainer = self._get(self.config, "trainer")
         follow_launcher(trainer)
+        check_strategy(trainer.strategy)
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
         if strategy == "mf_lightning.strategies.FSDPStrategy" and trainer.precision in ("64-true", "64", 64):
             trainer.precision = None  # Lightning refuses it here as a word, and takes it as a plugin
@@ -123,7 +124,6 @@ class MeanFlowCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find what to resume; refuse to write a new run into an old one's folder."""
-        check_strategy(self.trainer)
         root = Path(self.trainer.default_root_dir)
         folders = [c.path.parent for c in self.trainer.callbacks if isinstance(c, LastCheckpoint)]
         last = (folders[0] if folders else root / "checkpoints") / LAST
@@ -144,20 +144,17 @@ class MeanFlowCLI(LightningCLI):
             )
 
 
-def check_strategy(trainer: Trainer) -> None:
+def check_strategy(strategy: Any) -> None:
     """Refuse strategies under which averages, evaluation or resuming were never held against one process.
 
     Raises:
-        UserError: naming the two that are.
+        UserError: naming those that were.
     """
-    name = type(trainer.strategy).__name__
-    if name not in ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy") or "lightning.pytorch.strategies.fsdp" in str(
-        type(trainer.strategy)
-    ):
+    name = getattr(strategy, "class_path", strategy)
+    if isinstance(name, str) and name not in STRATEGIES:
         raise UserError(
-            f"Got trainer.strategy = {type(trainer.strategy).__module__}.{name}, expected DDP "
-            "(--trainer=configs/trainer/ddp.yaml) or this project's FSDP (--trainer=configs/trainer/fsdp.yaml): averages, "
-            "evaluation and resuming are only proved under those."
+            f"Got trainer.strategy = {name}, expected DDP (--trainer=configs/trainer/ddp.yaml) or this project's FSDP "
+            "(--trainer=configs/trainer/fsdp.yaml): averages, evaluation and resuming are only proved under those."
         )
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import sys
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import InterpolationResolutionError
+from tqdm.auto import tqdm
 
 from mf_lightning.callbacks.preemption import Preempted
 from mf_lightning.launchers import process_rank, under_slurm, under_torchrun
 from mf_lightning.types import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out waiting", "Read timeout",
-         "Connection refused", "remote process exited", "NCCL communicator was aborted", "Heartbeat monitor", "TCPStore")  # fmt: skip
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out waiting", "Read timeout",
+    "Connection refused", "remote process exited", "NCCL communicator was aborted", "Heartbeat monitor", "TCPStore",
+)  # fmt: skip
 
 
 def end(error: Exception) -> int | None:
@@ -32,7 +37,7 @@ def end(error: Exception) -> int | None:
     message = message_of(error)
     if message is None:
         return None
-    _record(error)
+    _record(error, message)
     _say_once(f"error: {message}", alone=_is_lost(error))
     return 1 if _is_lost(error) else 2
 
@@ -68,19 +73,19 @@ def message_of(error: Exception) -> str | None:
         return str(user_error)
     if _is_lost(error):
         return (
-            f"Process {process_rank()} lost the others ({str(error).splitlines()[0][:200]}): one of them has ended or hangs; its "
-            "own message stands elsewhere in this log. Go on from the last checkpoint with --ckpt_path=auto."
+            f"Process {process_rank()} lost the others ({str(error).splitlines()[0][:200]}): one of them has ended or hangs; "
+            "its own message stands elsewhere in this log. Go on from the last checkpoint with --ckpt_path=auto."
         )
     if isinstance(error, OSError) and error.errno in _FULL:
         return (
-            f"Got no space to write {error.filename or 'a file'} ({error.strerror}), expected some. The last checkpoint is whole. "
-            "Free some space, then go on with --ckpt_path=auto, or change trainer.default_root_dir."
+            f"Got no space to write {error.filename or 'a file'} ({error.strerror}), expected some. The last checkpoint is "
+            "whole. Free some space, then go on with --ckpt_path=auto, or change trainer.default_root_dir."
         )
     if type(error).__module__.startswith("wandb"):
         return (
-            f"Got no connection to W&B ({error}), expected a login and a server that answers. The last checkpoint is whole. Log in "
-            "(wandb login), or write the run to disk with WANDB_MODE=offline and send it later (wandb sync); then go on with "
-            "--ckpt_path=auto."
+            f"Got no connection to W&B ({error}), expected a login and a server that answers. The last checkpoint is whole. "
+            "Log in (wandb login), or write the run to disk with WANDB_MODE=offline and send it later (wandb sync); then go on "
+            "with --ckpt_path=auto."
         )
     return None
 
@@ -107,9 +112,13 @@ def _end_preempted(error: Preempted) -> int:
     return 0 if started_by_us else error.exit_code  # Lightning's launcher kills the first process if another reports a failure
 
 
-def _record(error: Exception) -> None:
-    """Leave the reason where torchrun's summary finds it."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+def _record(error: Exception, message: str | None = None) -> None:
+    """Leave the reason where torchrun's summary finds it: a message, or a trace."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file and message is not None:
+        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": content}))
+    elif file:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         handler = get_error_handler()
@@ -121,6 +130,8 @@ def _say_once(line: str, *, alone: bool) -> None:
     """Print from the first process; from another one only what the first does not say as well."""
     rank, said = process_rank(), False
     store = _store()
+    if rank == 0 and getattr(tqdm, "_instances", None):  # a bar without its end
+        print(file=sys.stderr)
     if rank == 0:
         print(line, file=sys.stderr, flush=True)
         if store is not None:

@@ -26,7 +26,12 @@ def under_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
 def under_slurm(environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether a SLURM job step with several tasks started this process (an interactive shell does not count)."""
     tasks, name = environment.get("SLURM_NTASKS", "1"), environment.get("SLURM_JOB_NAME", "")
-    return "SLURM_PROCID" in environment and tasks != "1" and name not in ("bash", "interactive") and not under_torchrun(environment)
+    return (
+        "SLURM_PROCID" in environment
+        and tasks != "1"
+        and name not in ("bash", "interactive")
+        and not under_torchrun(environment)
+    )
 
 
 def follow_launcher(trainer: Any, environment: Mapping[str, str] = os.environ) -> None:
@@ -58,8 +63,8 @@ def follow_launcher(trainer: Any, environment: Mapping[str, str] = os.environ) -
 def _take(trainer: Any, who: str, how: str, nodes: int, local: int) -> None:
     if trainer.num_nodes not in (1, nodes):
         raise UserError(
-            f"Got trainer.num_nodes = {trainer.num_nodes} under {who} with {how}, expected {nodes}. Leave trainer.num_nodes out: "
-            f"it is taken from {who}."
+            f"Got trainer.num_nodes = {trainer.num_nodes} under {who} with {how}, expected {nodes}. Leave trainer.num_nodes "
+            f"out: it is taken from {who}."
         )
     trainer.num_nodes = nodes
     asked = trainer.devices
@@ -78,6 +83,6 @@ def _check_address(trainer: Any, environment: Mapping[str, str]) -> None:
     if several and not environment.get("MASTER_ADDR"):
         raise UserError(
             f"Got {trainer.num_nodes} node(s) and WORLD_SIZE = {environment.get('WORLD_SIZE') or 'unset'} without MASTER_ADDR, "
-            "expected the address of the first node, where processes meet. Start the job with torchrun or SLURM (docs/cluster.md), "
-            "or set MASTER_ADDR, MASTER_PORT and NODE_RANK on every node."
+            "expected the address of the first node, where processes meet. Start the job with torchrun or SLURM "
+            "(docs/cluster.md), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on every node."
         )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mf_lightning.flow.meanflow import MeanFlowLoss
-from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator
+from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator, prepare_compiler
 from mf_lightning.flow.rows import Draw
 from mf_lightning.optim import clip_gradients, compile_step, plain_states
 from mf_lightning.sharding import is_sharded
@@ -99,7 +99,9 @@ class MeanFlowModule(LightningModule):
         if shard is not None:
             float32_jvp = self.loss.jvp_precision == "32-true"
             shard(self.net, precision=str(self.trainer.precision), float32_jvp=float32_jvp, compile_blocks=self.compiled)
-            self.passes = self.plain_passes = Passes(least_rows=1)
+            if self.compiled:
+                prepare_compiler(device)
+            self.passes = self.plain_passes = Passes(least_rows=1, fixed_sizes=self.compiled)
         elif self.compiled:
             self.passes = Passes.compiled(device)
             mode = "reduce-overhead" if self.cuda_graphs else None

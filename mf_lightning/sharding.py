@@ -24,8 +24,8 @@ def check_torch(version: str = torch.__version__) -> None:
     major, minor = version.split(".")[:2]
     if (int(major), int(minor)) < LEAST_TORCH:
         raise UserError(
-            f"Got torch {version} for FSDP, expected at least {'.'.join(map(str, LEAST_TORCH))}: before it, a forward derivative "
-            "(JVP) through FSDP2 fails. Upgrade torch, or train with --trainer=configs/trainer/ddp.yaml."
+            f"Got torch {version} for FSDP, expected at least {'.'.join(map(str, LEAST_TORCH))}: before it, a forward "
+            "derivative (JVP) through FSDP2 fails. Upgrade torch, or train with --trainer=configs/trainer/ddp.yaml."
         )
 
 
@@ -55,7 +55,8 @@ def shard(
     if not (isinstance(getattr(net, "blocks", None), nn.ModuleList) and hasattr(net, "initial_weights")):
         raise UserError(
             f"Got {type(net).__name__} for FSDP, expected a network with `blocks` (a ModuleList) and `initial_weights` (see "
-            "mf_lightning.nets.SiT): it is built in shards and never whole. Add them, or use --trainer=configs/trainer/ddp.yaml."
+            "mf_lightning.nets.SiT): it is built in shards and never whole. Add them, or train with "
+            "--trainer=configs/trainer/ddp.yaml."
         )
     # shards again after every forward, the outermost too: averages are swapped in, and saved, between two passes
     if cpu_offload and mesh.device_type == "cpu":
@@ -63,7 +64,11 @@ def shard(
             "Got trainer.strategy.init_args.cpu_offload = true on a CPU, expected a GPU: on a CPU everything is in main memory "
             "already. Set it to false."
         )
-    how = {"mesh": mesh, "reshard_after_forward": True, "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy()}
+    how = {
+        "mesh": mesh,
+        "reshard_after_forward": True,
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
     mixed = {} if gather_dtype is None else {"param_dtype": gather_dtype, "reduce_dtype": torch.float32}
     for block in net.blocks:
         if compile_blocks:

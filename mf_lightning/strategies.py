@@ -94,12 +94,13 @@ class FSDPStrategy(ModelParallelStrategy):
             float32_jvp: whether the derivative is taken in float32 under bf16-mixed, and so needs the weights unrounded.
             compile_blocks: run each block under torch.compile.
         """
-        bfloat16 = precision == "bf16-mixed" and not float32_jvp if self.gather_dtype is None else self.gather_dtype == "bfloat16"
-        if bfloat16 and (precision != "bf16-mixed" or float32_jvp):
+        rounded = precision == "bf16-mixed" and not float32_jvp
+        bfloat16 = rounded if self.gather_dtype is None else self.gather_dtype == "bfloat16"
+        if bfloat16 and not rounded:
             raise UserError(
                 f"Got trainer.strategy.init_args.gather_dtype = bfloat16 with trainer.precision = {precision}"
-                f"{' and jvp_precision = 32-true' if float32_jvp else ''}, expected bf16-mixed without it: the weights would be "
-                "rounded where they are used in full. Leave gather_dtype out, or set it to float32."
+                f"{' and jvp_precision = 32-true' if float32_jvp else ''}, expected bf16-mixed without it: the weights would "
+                "be rounded where they are used in full. Leave gather_dtype out, or set it to float32."
             )
         mesh = self.device_mesh if self.replicas > 1 else self.device_mesh["shards"]
         how = {"gather_dtype": torch.bfloat16 if bfloat16 else None, "cpu_offload": self.cpu_offload}

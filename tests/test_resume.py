@@ -135,7 +135,8 @@ def test_validation_at_the_end_of_an_epoch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "point", ["train@3", "validate@10", *(pytest.param(p, marks=pytest.mark.slow) for p in ("train@7", "validate@5", "train@10"))]
+    "point",
+    ["train@3", "validate@10", *(pytest.param(p, marks=pytest.mark.slow) for p in ("train@7", "validate@5", "train@10"))],
 )
 def test_preempted_between_steps_or_inside_a_validation(unbroken, tmp_path, point):
     run(tmp_path, preempt=point, every_n_steps=1000)

@@ -47,8 +47,8 @@ class EMA(Callback):
         sharded = is_sharded(pl_module.net)
         if sharded and self.on_cpu:
             raise UserError(
-                "Got ema.on_cpu = true under FSDP, expected false: averages are sharded like the weights. To keep all shards in "
-                "main memory set trainer.strategy.init_args.cpu_offload."
+                "Got ema.on_cpu = true under FSDP, expected false: averages are sharded like the weights. To keep all "
+                "shards in main memory set trainer.strategy.init_args.cpu_offload."
             )
         for decay in self.decays:
             if decay not in self.weights:

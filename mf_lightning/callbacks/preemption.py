@@ -43,8 +43,8 @@ class Preemption(Callback):
         unknown = [name for name in signals if not hasattr(signal, name) or not name.startswith("SIG")]
         if unknown or not 0 < exit_code < 126:
             raise UserError(
-                f"Got preemption.signals = {signals}, exit_code = {exit_code}, expected names such as SIGTERM and SIGUSR1, and a "
-                "code between 1 and 125."
+                f"Got preemption.signals = {signals}, exit_code = {exit_code}, expected names such as SIGTERM and SIGUSR1, "
+                "and a code between 1 and 125."
             )
         self.signals = [signal.Signals[name] for name in signals]
         self.exit_code = exit_code

@@ -27,7 +27,7 @@ def aside_path(path: Path) -> Path:
 def publish(aside: Path, path: Path, *, step: int) -> None:
     """Give a whole checkpoint its name; ``last.ckpt`` moves to it, and what has become too old goes."""
     final = final_path(path, step)
-    if final.is_dir() and not final.is_symlink() or (aside.is_dir() and final.exists()):
+    if (final.is_dir() and not final.is_symlink()) or (aside.is_dir() and final.exists()):
         discard(final)  # a directory cannot be written over
     os.replace(aside, final)
     if path.name == LAST:

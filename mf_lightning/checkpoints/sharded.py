@@ -33,8 +33,8 @@ _MARK = "__tensor__"
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
-        "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "_MEM_FORMAT_ENCODING",
-        "StorageMeta",
+        "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+        "_MEM_FORMAT_ENCODING", "StorageMeta",
     )
 } | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),

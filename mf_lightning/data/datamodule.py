@@ -105,9 +105,9 @@ class LatentData(LightningDataModule):
             differ = [key for key in state if ours.get(key) != state[key]]
             got, expected = (", ".join(f"{key} = {values.get(key)}" for key in differ) for values in (ours, state))
             raise UserError(
-                f"Got training data with {got}, expected the checkpoint's {expected}: a resumed run goes on at step x batch_size "
-                "of one stream of samples. Give it the same data, data.init_args.batch_size and seed (any number of devices "
-                "will do), or start a new run."
+                f"Got training data with {got}, expected the checkpoint's {expected}: a resumed run goes on at step x "
+                "batch_size of one stream of samples. Give it the same data, data.init_args.batch_size and seed (any number of "
+                "devices will do), or start a new run."
             )
 
     def train_dataloader(self) -> TrainLoader:

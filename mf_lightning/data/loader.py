@@ -39,8 +39,12 @@ class LatentSplit:
         Args:
             index: numbers of the samples, (B,).
             flip: which rows take the mirrored copy, (B,) bool; None takes none.
+
+        Raises:
+            UserError: a shard's file is gone or cut since it was opened.
         """
         if len(self.shards) == 1 and flip is None:
+            self.shards[0].check_files()
             return self.shards[0].latents[index], np.asarray(self.shards[0].labels[index])
         shard_of = np.searchsorted(self.starts, index, side="right") - 1
         first = self.shards[0].latents
@@ -49,6 +53,7 @@ class LatentSplit:
         mirrored = np.zeros(len(index), bool) if flip is None else flip
         for number in np.unique(shard_of):
             shard, here = self.shards[number], shard_of == number
+            shard.check_files()
             labels[here] = shard.labels[index[here] - self.starts[number]]
             for copy, rows in ((shard.latents, here & ~mirrored), (shard.latents_flip, here & mirrored)):
                 if rows.any():

@@ -168,6 +168,29 @@ class OpenShard:
     latents: np.ndarray
     labels: np.ndarray
     latents_flip: np.ndarray | None
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Its files and their sizes when it was opened; empty for one in memory."""
+
+    def check_files(self) -> None:
+        """Look whether all files are as long as when they were opened: to read behind a map's end kills the process, silently.
+
+        Raises:
+            UserError: one is gone or has another size.
+        """
+        for file, size in self.sizes:
+            try:
+                found = os.stat(file).st_size
+            except OSError as error:
+                raise _lost_file(file, f"which is gone ({error.strerror})", size) from error
+            if found != size:
+                raise _lost_file(file, f"which now has {found:,} bytes", size)
+
+
+def _lost_file(file: str, what: str, size: int) -> UserError:
+    return UserError(
+        f"Got '{file}', {what}, expected the {size:,} bytes that it had when it was opened: the data set was changed during the "
+        "run. The last checkpoint is whole: bring the file back, then go on with --ckpt_path=auto."
+    )
 
 
 def open_split(path: str | Path, info: DatasetInfo, split: str, *, checksums: bool = False) -> list[OpenShard]:
@@ -196,7 +219,9 @@ def open_split(path: str | Path, info: DatasetInfo, split: str, *, checksums: bo
         label_file = shard_file(path, split, shard.name, "labels")
         labels = open_array(label_file, shape=(shard.count,), dtype=np.dtype(np.int64))
         check_labels(labels, len(info.class_names), where=str(label_file))
-        shards.append(OpenShard(latents("latents"), labels, latents("latents_flip") if info.flip else None))
+        opened = (latents("latents"), labels, latents("latents_flip") if info.flip else None)
+        files = [str(shard_file(path, split, shard.name, ending)) for ending in info.files]
+        shards.append(OpenShard(*opened, tuple((file, os.stat(file).st_size) for file in files)))
     return shards
 
 

@@ -50,11 +50,7 @@ class Passes:
         Raises:
             UserError: this machine cannot compile.
         """
-        check_compiler(device)
-        config = torch._dynamo.config
-        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.7
-        setattr(config, limit, max(getattr(config, limit), GRAPHS_PER_CALL))
-        config.optimize_ddp = False  # it would cut these graphs inside DDP's forward
+        prepare_compiler(device)
 
         def whole(call):
             return torch.compile(call, fullgraph=True, dynamic=False)
@@ -90,6 +86,19 @@ def compiled_generator(net: AverageVelocity, *, mode: str | None = None) -> Aver
 
 PLAIN = Passes()
 """Plain torch, exact row counts."""
+
+
+def prepare_compiler(device: torch.device) -> None:
+    """Check that this machine can compile, and let torch make as many graphs as there are sizes.
+
+    Raises:
+        UserError: this machine cannot compile.
+    """
+    check_compiler(device)
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.7
+    setattr(config, limit, max(getattr(config, limit), GRAPHS_PER_CALL))
+    config.optimize_ddp = False  # it would cut these graphs inside DDP's forward
 
 
 def check_compiler(device: torch.device) -> None:

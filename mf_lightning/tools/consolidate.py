@@ -60,8 +60,8 @@ def _choose(asked: str | None, decays: list[str]) -> str:
     if asked == "raw" or found:
         return found or "raw"
     raise UserError(
-        f"Got --weights {asked}, expected raw or one of the checkpoint's averages: {', '.join(decays) or 'it has none'}. Choose "
-        "one with --weights."
+        f"Got --weights {asked}, expected raw or one of the checkpoint's averages: {', '.join(decays) or 'it has none'}. "
+        "Choose one with --weights."
     )
 
 

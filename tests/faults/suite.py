@@ -106,7 +106,9 @@ def chain(folder: Path, setup: str, kinds: list[str], seed: int, outcome: Outcom
             break
         assert result.returncode != 0, f"{signal} in {phase} left exit code 0"
         if signal != "SIGKILL":
-            assert result.returncode == PREEMPTED, f"{signal} in {phase}: exit code {result.returncode}\n{result.stderr[-2000:]}"
+            assert result.returncode == PREEMPTED, (
+                f"{signal} in {phase}: exit code {result.returncode}\n{result.stderr[-2000:]}"
+            )
         assert last.exists(), "killed before the first checkpoint"
         outcome.hits[phase if signal == "SIGKILL" else signal] += 1
     result = start(root, setup, victim=None, resume=resume)
