@@ -188,8 +188,8 @@ class OpenShard:
 
 def _lost_file(file: str, what: str, size: int) -> UserError:
     return UserError(
-        f"Got '{file}', {what}, expected the {size:,} bytes that it had when it was opened: the data set was changed during the "
-        "run. The last checkpoint is whole: bring the file back, then go on with --ckpt_path=auto."
+        f"Got '{file}', {what}, expected the {size:,} bytes that it had when it was opened: the data set was changed during "
+        "the run. The last checkpoint is whole: bring the file back, then go on with --ckpt_path=auto."
     )
 
 

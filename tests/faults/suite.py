@@ -30,7 +30,10 @@ OPTIONS = {
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 SETUPS = {
     "one": [],
-    "background": ['--trainer.plugins={"class_path": "mf_lightning.callbacks.AtomicCheckpointIO", "init_args": {"background": true}}'],
+    "background": [
+        "--trainer.plugins="
+        '{"class_path": "mf_lightning.callbacks.AtomicCheckpointIO", "init_args": {"background": true}}',
+    ],
     "ddp": [f"--trainer={ROOT / 'configs/trainer/ddp.yaml'}", *TWO],
     "fsdp": [f"--trainer={ROOT / 'configs/trainer/fsdp.yaml'}", *TWO],
 }  # fmt: skip
