@@ -1,4 +1,4 @@
-"""What is lost while a run trains (a shard, the disk, W&B) ends it with one message, exit code 2 and a whole last checkpoint."""
+"""What is lost while a run trains (a shard, the disk, W&B) ends it with one message, code 2, a whole checkpoint."""
 
 from __future__ import annotations
 

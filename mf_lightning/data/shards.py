@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mf_lightning.data.aside import write_aside
 from mf_lightning.types import UserError
 
 FORMAT = "mf_lightning latents"
@@ -268,20 +269,6 @@ def verify_checksums(path: str | Path, info: DatasetInfo, split: str) -> None:
                     f"Got checksum {found} of '{file}', expected {shard.sha256[ending]}: the file was altered or damaged. "
                     "Prepare the data set again, or copy the file once more."
                 )
-
-
-def write_aside(file: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that a whole file or none is seen."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_shard(
