@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from mf_lightning.checkpoints import sharded
 from mf_lightning.checkpoints.publish import aside_path, discard, final_path, publish, tidy_folder
 from mf_lightning.types import UserError
+
+_SEAL = "mf_lightning crc32 {:08x}"
+"""Comment at the end of a file (a zip archive): CRC-32 of all before it, with its length taken as 0."""
 
 Place = Callable[[tuple[Any, ...], torch.Size], "Tensor | None"]
 """Tells, from a tensor's keys in the checkpoint and its shape, which tensor of this run it is laid out like; None: whole."""
@@ -44,7 +47,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         discard(aside)
         with aside.open("wb") as stream:
-            torch.save(checkpoint, stream)
+            torch.save(checkpoint, whole := _Checked(stream))
+            _seal(stream, whole.checksum)
             stream.flush()
             os.fsync(stream.fileno())
         publish(aside, path, step=step)
@@ -52,6 +56,27 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike) -> Non
         raise not_written(path, error) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+class _Checked:
+    """A stream that only grows, and the CRC-32 of what was written to it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.checksum = stream, 0
+
+    def write(self, data: bytes) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _seal(stream: BinaryIO, checksum: int) -> None:
+    """Write the checksum of a zip archive as its comment; the archive's last two bytes are the comment's length."""
+    comment = _SEAL.format(checksum).encode()
+    stream.seek(-2, os.SEEK_END)
+    stream.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def not_written(path: Path, error: Exception) -> UserError:
@@ -109,15 +134,23 @@ def verify(path: Path) -> None:
     """Compare a checkpoint's bytes with the checksums written with them (CRC-32).
 
     Raises:
-        RuntimeError, OSError, EOFError, zipfile.BadZipFile: it is truncated, altered or no checkpoint.
+        RuntimeError, OSError: it is truncated, altered or no checkpoint.
     """
     if path.is_dir():
         sharded.verify(path)
         return
-    with zipfile.ZipFile(path) as archive:  # the form of torch.save, which checks nothing when it loads
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise RuntimeError(f"its record {damaged} was altered")
+    length = len(_SEAL.format(0))
+    with path.open("rb") as stream:
+        body = stream.seek(0, os.SEEK_END) - length - 2
+        if body < 0:
+            raise RuntimeError("it is cut")
+        stream.seek(0)
+        checksum = 0
+        for start in range(0, body, 1 << 24):
+            checksum = zlib.crc32(stream.read(min(1 << 24, body - start)), checksum)
+        checksum = zlib.crc32(bytes(2), checksum)
+        if stream.read() != length.to_bytes(2, "little") + _SEAL.format(checksum).encode():
+            raise RuntimeError("its bytes do not have the checksum at its end: it is cut or was altered")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

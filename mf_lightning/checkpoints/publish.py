@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 LAST = "last.ckpt"
+_STATE = re.compile(r"step(\d{8,})b?\.ckpt")
 KEPT = 2
 """Checkpoints ``stepNNNNNNNN.ckpt`` that stay: the one that ``last.ckpt`` names and the one before it."""
 
@@ -26,27 +28,50 @@ def aside_path(path: Path) -> Path:
 
 def publish(aside: Path, path: Path, *, step: int) -> None:
     """Give a whole checkpoint its name; ``last.ckpt`` moves to it, and what has become too old goes."""
-    final = final_path(path, step)
-    if (final.is_dir() and not final.is_symlink()) or (aside.is_dir() and final.exists()):
-        discard(final)  # a directory cannot be written over
-    os.replace(aside, final)
-    if path.name == LAST:
-        link = aside_path(path).with_suffix(".link")
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        os.replace(link, path)
+    if path.name != LAST:
+        _replace(aside, path)
         flush_folder(path.parent)
-        older = sorted(path.parent.glob("step[0-9]*.ckpt"), key=lambda p: p.name)
-        later = [p for p in older if p.name > final.name]  # of a run that was cut off, and went on from an earlier one
-        for old in [*[p for p in older if p.name <= final.name][:-KEPT], *later]:
-            discard(old)
+        return
+    final = _free_name(aside, path, step)
+    os.replace(aside, final)
+    link = aside_path(path).with_suffix(".link")
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, path)
     flush_folder(path.parent)
+    found = sorted((int(match[1]), p) for p in path.parent.iterdir() if (match := _STATE.fullmatch(p.name)) and p != final)
+    older, others = [p for n, p in found if n < step], [p for n, p in found if n >= step]  # others: of a run that was cut off
+    for old in [*older[: max(0, len(older) - KEPT + 1)], *others]:
+        discard(old)
+    flush_folder(path.parent)
+
+
+def _free_name(aside: Path, last: Path, step: int) -> Path:
+    """Return a name for the bytes behind ``last.ckpt``: a directory cannot take the place of the one that the link names."""
+    final = final_path(last, step)
+    if not aside.is_dir() and not final.is_dir():
+        return final
+    if os.path.lexists(last) and last.resolve().name == final.name:
+        final = final.with_name(f"step{step:08d}b.ckpt")
+    if os.path.lexists(final):
+        discard(final)
+    return final
+
+
+def _replace(aside: Path, path: Path) -> None:
+    """Put a file or directory in the place of what has the name; :func:`tidy_folder` mends a kill in between."""
+    before = path.with_name(f".{path.name}.before")
+    if path.is_dir() or (aside.is_dir() and path.exists()):
+        os.replace(path, before)
+    os.replace(aside, path)
+    if before.exists():
+        discard(before)
 
 
 def discard(path: Path) -> None:
     """Remove a file or directory; a directory loses its name first, so that no part of it is taken for a checkpoint."""
     if path.is_dir() and not path.is_symlink():
-        hidden = path.with_name(f".{path.name}.old")
+        hidden = path.with_name(f".{path.name.removeprefix('.')}.old")
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(path, hidden)
         shutil.rmtree(hidden)
@@ -64,9 +89,15 @@ def flush_folder(folder: Path) -> None:
 
 
 def tidy_folder(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for pattern in (".*.ckpt.tmp", ".*.ckpt.old", f".{LAST}.link"):
-        for left in folder.glob(pattern):
+    """Remove what a killed run left half written, and give back the name of what it was about to replace."""
+    for before in folder.glob(".*.ckpt.before"):
+        path = before.with_name(before.name[1 : -len(".before")])
+        if path.exists():
+            discard(before)
+        else:
+            os.replace(before, path)
+    for left in folder.iterdir():
+        if re.fullmatch(rf"\..*\.ckpt\.(tmp|(.*\.)?old)|\.{LAST}\.link", left.name):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
@@ -190,7 +190,10 @@ def read(path: Path, *, place: Callable[[tuple[Any, ...], torch.Size], Tensor | 
     alone = place is None or not (dist.is_available() and dist.is_initialized())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process.*")
-        torch.distributed.checkpoint.load(tensors, storage_reader=_Reader(path), no_dist=alone)
+        try:
+            torch.distributed.checkpoint.load(tensors, storage_reader=_Reader(path), no_dist=alone)
+        except CheckpointException as error:  # no Exception to Python, so nothing above would tell the user
+            raise RuntimeError(next((str(what[0]) for what in error.failures.values()), "an error of the disk")) from error
     return checkpoint
 
 
