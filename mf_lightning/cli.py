@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -32,7 +33,7 @@ from mf_lightning.callbacks import (
 from mf_lightning.checkpoints import LAST
 from mf_lightning.data.datamodule import LatentData
 from mf_lightning.failures import end, leave
-from mf_lightning.launchers import follow_launcher
+from mf_lightning.launchers import follow_launcher, meet
 from mf_lightning.module import MeanFlowModule
 from mf_lightning.orphans import watch_parent
 from mf_lightning.types import UserError
@@ -121,6 +122,12 @@ class MeanFlowCLI(LightningCLI):
         for logger in self._get(self.config, "trainer.logger") or []:
             if self.subcommand not in (None, "fit") and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
                 logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, and meet the other processes of a torchrun job."""
+        trainer = super().instantiate_trainer(**kwargs)
+        meet(trainer.strategy)
+        return trainer
 
     def before_fit(self) -> None:
         """Find what to resume; refuse to write a new run into an old one's folder."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
+import uuid
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
+
+import torch.distributed as dist
 
 from mf_lightning.types import UserError
 
@@ -86,3 +92,64 @@ def _check_address(trainer: Any, environment: Mapping[str, str]) -> None:
             "expected the address of the first node, where processes meet. Start the job with torchrun or SLURM "
             "(docs/cluster.md), or set MASTER_ADDR, MASTER_PORT and NODE_RANK on every node."
         )
+
+
+def meet(strategy: Any, environment: Mapping[str, str] = os.environ) -> None:
+    """Open the process group of a job whose processes meet in the store of torchrun's agent; elsewhere leave it to Lightning.
+
+    The agent keeps its store over a restart, and in it the addresses of processes that are gone: whoever reads before they are
+    written anew waits for nobody, or is refused (pytorch/pytorch issues 135712 and 167288). So each attempt agrees on a part of
+    the store that only it uses. The agents' own count of restarts would not do: it differs between nodes.
+
+    Args:
+        strategy: of the trainer.
+        environment: of this process.
+    """
+    in_agents_store = under_torchrun(environment) and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+    if not in_agents_store or world == 1 or dist.is_initialized():
+        return
+    timeout, device = strategy._timeout or timedelta(minutes=30), strategy.root_device
+    address = (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    store = dist.TCPStore(*address, world_size=world, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(fresh_prefix(store, rank, world, timeout), store)
+    how = {"rank": rank, "world_size": world, "timeout": timeout, "device_id": None if device.type == "cpu" else device}
+    dist.init_process_group(strategy._get_process_group_backend(), store=store, **how)
+    atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fresh_prefix(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+    """Agree on a prefix for keys of a store that may hold anything from earlier attempts; every process calls it.
+
+    Each process names itself by a number that was never used; the first one answers under that number, so no answer is an old
+    one, and goes on when all have confirmed.
+
+    Raises:
+        TimeoutError: processes that did not come.
+    """
+    me, ours = uuid.uuid4().hex, "mf_lightning/meeting"
+    if rank != 0:
+        store.set(f"{ours}/{rank}", me)
+        store.wait([f"{ours}/{me}"], timeout)
+        prefix = store.get(f"{ours}/{me}").decode()
+        store.set(f"{prefix}/{rank}", "here")
+        return prefix
+    prefix, missing, answered = f"mf_lightning/{me}", set(range(1, world)), {}
+    limit = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{ours}/{other}"]) and (name := store.get(f"{ours}/{other}").decode()) != answered.get(other):
+                store.set(f"{ours}/{name}", prefix)
+                answered[other] = name
+            if store.check([f"{prefix}/{other}"]):
+                missing.remove(other)
+        if missing and time.monotonic() > limit:
+            raise TimeoutError(f"processes {sorted(missing)} did not come within {timeout}")
+        if missing:
+            time.sleep(0.05)
+    return prefix

@@ -194,13 +194,15 @@ class MeanFlowModule(LightningModule):
         return None if self.net.y_null is None else batch.y
 
     def _log_terms(self, stage: str, terms: LossTerms, *, counted: Tensor, jumps: Tensor) -> None:
-        rows, jumping = int(counted.sum()), int((counted & jumps).sum())  # a batch of filling has none, and weighs nothing
-        how = {"batch_size": rows, "sync_dist": stage != "train"}
+        # a batch of filling has no rows, and weighs nothing; the mean over processes of counts is cut to a whole number
+        rows, jumping, world = int(counted.sum()), int((counted & jumps).sum()), self.trainer.world_size
+        how = {"batch_size": rows * world, "sync_dist": stage != "train"}
         self.log(f"{stage}/loss", terms.loss.detach(), **how)
         self.log(f"{stage}/raw_error", terms.raw_error.mean(), **how)
         self.log(f"{stage}/velocity_error", terms.velocity_error.mean(), **how)
         if self.loss.fm_fraction < 1:  # mean over r < t rows; a process without any logs it with weight 0, or others wait
-            self.log(f"{stage}/dudt_norm", terms.dudt_norm.sum() / max(jumping, 1), **{**how, "batch_size": jumping})
+            value = terms.dudt_norm.sum() / max(jumping, 1)
+            self.log(f"{stage}/dudt_norm", value, **{**how, "batch_size": jumping * world})
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of this step's gradient before clipping, computed once a step, without waiting for the device."""

@@ -53,6 +53,12 @@ class Preemption(Callback):
         self._group: dist.ProcessGroup | None = None
         self._agreeing: tuple[dist.Work, torch.Tensor] | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep Lightning from requeueing a SLURM job by itself: the exit code says that, and another one would go beside."""
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if self.signals and hasattr(environment, "auto_requeue"):
+            environment.auto_requeue = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open a way to agree that does not go through the devices."""
         self._received, self._agreeing = 0, None
@@ -65,6 +71,9 @@ class Preemption(Callback):
         """Listen; Lightning has set up its own handlers by now."""
         if threading.current_thread() is threading.main_thread() and not self._earlier:
             self._earlier = {number: signal.signal(number, self._notice) for number in self.signals}
+        if trainer.received_sigterm and signal.SIGTERM in self.signals:  # while the run was set up
+            trainer._signal_connector.received_sigterm = False
+            self._received = signal.SIGTERM
 
     on_train_start = on_sanity_check_start
 
