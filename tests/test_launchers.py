@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from mf_lightning.callbacks.preemption import Preemption
 from mf_lightning.cli import STRATEGIES, check_strategy
 from mf_lightning.launchers import follow_launcher, fresh_prefix, process_rank, under_slurm, under_torchrun
 from mf_lightning.types import UserError
-from tests.runs import RECIPES, ROOT, command_line, error_of
+from tests.runs import RECIPES, ROOT, command_line, error_of, python
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "MASTER_ADDR": "a"}
 SLURM = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train", "LOCAL_RANK": "0"}
@@ -127,6 +129,49 @@ def test_each_attempt_meets_in_a_part_of_the_store_of_its_own():
     assert len(used) == 3
     with pytest.raises(TimeoutError, match=r"processes \[1\] did not come"):
         fresh_prefix(store, 0, 2, timedelta(seconds=0.2))
+
+
+APART = """
+import datetime, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch.distributed as dist
+from mf_lightning.callbacks.checkpoint import check_shared
+from mf_lightning.types import UserError
+
+store, rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+def broadcast(value):
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+strategy = SimpleNamespace(broadcast=broadcast, barrier=dist.barrier)
+trainer = SimpleNamespace(strategy=strategy, is_global_zero=rank == 0, world_size=2)
+try:
+    check_shared(trainer, folder, wait_s=0.5)
+    print("shared")
+except UserError as error:
+    print(error)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_nodes_that_do_not_share_the_folder_are_named(tmp_path, shared):
+    script = tmp_path / "apart.py"
+    script.write_text(APART)
+    folders = [tmp_path / "one", tmp_path / ("one" if shared else "other")]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(python, script, tmp_path / "store", rank, folder) for rank, folder in enumerate(folders)]
+        said = [job.result().stdout.strip() for job in jobs]
+    if shared:
+        assert said == ["shared", "shared"]
+    else:
+        expected = f"{socket.gethostname()} do(es) not see what process 0 wrote"
+        assert all(expected in line for line in said), said
+    assert not list(tmp_path.rglob(".*.shared"))
 
 
 WRONG = {

@@ -66,6 +66,38 @@ def test_two_processes_train_and_score_as_one(tmp_path):
             assert one[key] == pytest.approx(other[key], rel=1e-6), key
 
 
+def test_the_evaluation_images_are_the_same_set_for_1_2_and_3_processes(tmp_path):
+    """Pictures written one by one, and the figures of all of them; 20 images are dealt unevenly to 3."""
+    made = command_line("fit", *SMOKE, f"--trainer.default_root_dir={tmp_path / 'fit'}", "--trainer.max_steps=3")
+    assert made.returncode == 0, made.stderr[-3000:]
+    last, seen = tmp_path / "fit" / "checkpoints" / "last.ckpt", []
+    for devices in (1, 2, 3):
+        root, strategy = tmp_path / str(devices), ["--trainer.strategy=ddp"] if devices > 1 else []
+        common = [
+            *SMOKE,
+            f"--ckpt_path={last}",
+            f"--trainer.devices={devices}",
+            *strategy,
+            f"--trainer.default_root_dir={root}",
+        ]
+        common += ["--trainer.precision=64-true", "--sample_eval.batch_size=4"]
+        for command, more in (
+            ("test", ["--sample_eval.num_samples=50"]), ("predict", ["--sample_writer.num_samples=20"]),
+        ):  # fmt: skip
+            result = command_line(command, *common, *more, env={"OMP_NUM_THREADS": "1"})
+            assert result.returncode == 0, result.stderr[-3000:]
+        pictures = {path.name: path.read_bytes() for path in sorted(root.rglob("*.png")) if "grids" not in path.parts}
+        seen.append((pictures, lines(root / "sample_eval.jsonl")))
+    for pictures, rows in seen:
+        assert len(pictures) == 20
+        assert pictures == seen[0][0]
+        assert len(rows) == 2
+        for row, expected in zip(rows, seen[0][1], strict=True):
+            assert row["protocol"] == expected["protocol"]
+            for key in ("fid", "class_accuracy", "precision", "recall"):
+                assert row[key] == pytest.approx(expected[key], rel=1e-6), key
+
+
 def test_a_compiled_run_is_the_plain_run_and_goes_on_plain(tmp_path):
     """One switch: passes, optimizer, EMA and sampling compiled; the checkpoint does not know."""
     short = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=8", "--sample_eval.num_samples=40"]

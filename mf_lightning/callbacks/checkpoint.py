@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -39,6 +43,11 @@ class LastCheckpoint(Checkpoint):
         self._validated = False
         self._validation_due = False
         self._max_steps: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Where there are several nodes, see that they share the folder."""
+        if stage == "fit" and trainer.num_nodes > 1:
+            check_shared(trainer, self.path.parent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Clear away what a killed run left half written; do the validation inside which a run was preempted."""
@@ -121,6 +130,32 @@ class LastCheckpoint(Checkpoint):
         if self._validation_due and trainer.max_steps == checkpoint["global_step"]:
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps += 1  # or Lightning would end before the hook that validates
+
+
+def check_shared(trainer: Trainer, folder: Path, wait_s: float = 60.0) -> None:
+    """See that all processes find in a folder what the first one writes there; every process calls it.
+
+    Raises:
+        UserError: in all processes, naming the nodes that do not (after ``wait_s``, since network file systems may be late).
+    """
+    marker = folder / f".{trainer.strategy.broadcast(uuid.uuid4().hex)}.shared"
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    trainer.strategy.barrier()
+    limit = time.monotonic() + wait_s
+    while not marker.exists() and time.monotonic() < limit:
+        time.sleep(0.1)
+    blind: list[str | None] = [None] * trainer.world_size
+    dist.all_gather_object(blind, None if marker.exists() else socket.gethostname())
+    if trainer.is_global_zero:
+        marker.unlink()
+    hosts = sorted({host for host in blind if host is not None})
+    if hosts:
+        raise UserError(
+            f"Got a folder that not all nodes share: {', '.join(hosts)} do(es) not see what process 0 wrote to {folder}, expected "
+            "one for all, for checkpoints and resuming. Give --trainer.default_root_dir on a shared file system."
+        )
 
 
 def _validate(trainer: Trainer) -> None:

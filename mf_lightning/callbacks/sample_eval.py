@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ class SampleEval(Callback):
             aside = file.with_name(f".{file.name}")
             save_reference(aside, reference)
             aside.replace(file)
+        while not file.exists():  # a barrier would give up after its timeout, and a large split takes hours
+            time.sleep(0.5)
         trainer.strategy.barrier()
         return load_reference(file, self.extractor)
 
