@@ -153,8 +153,8 @@ def check_shared(trainer: Trainer, folder: Path, wait_s: float = 60.0) -> None:
     hosts = sorted({host for host in blind if host is not None})
     if hosts:
         raise UserError(
-            f"Got a folder that not all nodes share: {', '.join(hosts)} do(es) not see what process 0 wrote to {folder}, expected "
-            "one for all, for checkpoints and resuming. Give --trainer.default_root_dir on a shared file system."
+            f"Got a folder that not all nodes share: {', '.join(hosts)} do(es) not see what process 0 wrote to {folder}, "
+            "expected one for all, for checkpoints and resuming. Give --trainer.default_root_dir on a shared file system."
         )
 
 
