@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import uuid
 import warnings
 from argparse import _SubParsersAction
 from itertools import pairwise
@@ -22,6 +23,7 @@ from mf_lightning.callbacks import (
     EMA,
     Heartbeat,
     LastCheckpoint,
+    Liveness,
     NonFiniteGuard,
     Preemption,
     SampleEval,
@@ -30,10 +32,11 @@ from mf_lightning.callbacks import (
     SelfCheck,
     SpikeLog,
 )
-from mf_lightning.checkpoints import LAST
+from mf_lightning.callbacks.preemption import listen_for_good
+from mf_lightning.checkpoints import LAST, newest_good
 from mf_lightning.data.datamodule import LatentData
 from mf_lightning.failures import end, leave
-from mf_lightning.launchers import follow_launcher, meet
+from mf_lightning.launchers import agreed, follow_launcher, meet, process_rank
 from mf_lightning.module import MeanFlowModule
 from mf_lightning.orphans import watch_parent
 from mf_lightning.types import UserError
@@ -115,6 +118,9 @@ class MeanFlowCLI(LightningCLI):
             trainer.precision = None  # Lightning refuses it here as a word, and takes it as a plugin
             double = Namespace(class_path="lightning.pytorch.plugins.DoublePrecision")
             trainer.plugins = [*(trainer.plugins or []), double]
+        if not any(str(getattr(plugin, "class_path", "")).endswith("CheckpointIO") for plugin in trainer.plugins or []):
+            # a list of plugins replaces that of base.yaml; Lightning's own writes over the last checkpoint
+            trainer.plugins = [*(trainer.plugins or []), Namespace(class_path="mf_lightning.callbacks.AtomicCheckpointIO")]
         ours, callbacks = "mf_lightning.callbacks.TrainingBar", trainer.callbacks or []
         another = any("ProgressBar" in callback.class_path for callback in callbacks)
         if trainer.enable_progress_bar is False or another:  # Lightning refuses ours beside them
@@ -122,10 +128,23 @@ class MeanFlowCLI(LightningCLI):
         for logger in self._get(self.config, "trainer.logger") or []:
             if self.subcommand not in (None, "fit") and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
                 logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
+            if self.subcommand == "fit" and logger.class_path.endswith("WandbLogger") and not logger.init_args.get("id"):
+                logger.init_args.id = self._wandb_id(Path(trainer.default_root_dir))
+
+    def _wandb_id(self, root: Path) -> str | None:
+        """Return the id of this run's W&B run: a resumed run goes on in it, a new one gets a new one."""
+        if process_rank() != 0:
+            return None
+        file, resumed = root / "wandb_id", self._get(self.config, "ckpt_path") is not None
+        if not (resumed and file.is_file() and os.path.lexists(root / "checkpoints" / LAST)):
+            root.mkdir(parents=True, exist_ok=True)
+            file.write_text(uuid.uuid4().hex[:8])
+        return file.read_text().strip()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, and meet the other processes of a torchrun job."""
         trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(Liveness())
         meet(trainer.strategy)
         return trainer
 
@@ -135,11 +154,13 @@ class MeanFlowCLI(LightningCLI):
         folders = [c.path.parent for c in self.trainer.callbacks if isinstance(c, LastCheckpoint)]
         last = (folders[0] if folders else root / "checkpoints") / LAST
         asked = self._get(self.config_init, "ckpt_path")
+        if asked in (None, "auto", "last"):
+            _check_last(last)
         if asked == "last" and not last.exists():
             raise UserError(f"Got --ckpt_path=last without {last}, expected a run to resume. Leave it out to start one.")
         if asked in ("auto", "last"):
-            found = str(last) if last.exists() else None
-            what = f"Resuming from {last} ({last.resolve().name})" if found else f"Nothing to resume in {root}: starting anew"
+            found = agreed(str(last.resolve()) if last.exists() else None)
+            what = f"Resuming from {last} ({Path(found).name})" if found else f"Nothing to resume in {root}: starting anew"
             rank_zero_info(what)
             self.config_init["fit"]["ckpt_path"] = found
         if asked is None and last.exists():
@@ -149,6 +170,23 @@ class MeanFlowCLI(LightningCLI):
                 f"Got a folder that already holds a run: {root}. Resume it: {command} --ckpt_path=last   "
                 f"Start anew: remove the folder (rm -r {root}), or give another --trainer.default_root_dir."
             )
+
+
+def _check_last(last: Path) -> None:
+    """Refuse a folder of states whose ``last.ckpt`` names none of them: to start anew would replace them.
+
+    Raises:
+        UserError: naming the newest good one.
+    """
+    states = list(last.parent.glob("step*.ckpt")) if last.parent.is_dir() else []
+    if last.exists() or not (states or last.is_symlink()):
+        return
+    good = newest_good(last)
+    use = f"The newest good one is {good}: go on with --ckpt_path={good}" if good else "There is no good one beside it"
+    named = f" names {last.readlink()}, which is gone" if last.is_symlink() else " is gone"
+    raise UserError(
+        f"Got a run whose {last}{named}, expected it to name a checkpoint. {use}, or remove {last.parent} to start anew."
+    )
 
 
 def check_strategy(strategy: Any) -> None:
@@ -243,6 +281,8 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; a mistake of the user's ends in one message and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     watch_parent()
+    if (sys.argv[1:] if args is None else args)[:1] == ["fit"]:
+        listen_for_good()
     try:
         run(args)
     except Exception as error:

@@ -19,15 +19,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import InterpolationResolutionError
 from tqdm.auto import tqdm
 
+from mf_lightning.callbacks.liveness import first_is_gone
 from mf_lightning.callbacks.preemption import Preempted
-from mf_lightning.launchers import process_rank, under_slurm, under_torchrun
+from mf_lightning.launchers import is_lost, process_rank, under_slurm, under_torchrun
 from mf_lightning.types import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_LOST = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out waiting", "Read timeout",
-    "Connection refused", "remote process exited", "NCCL communicator was aborted", "Heartbeat monitor", "TCPStore",
-)  # fmt: skip
 
 
 def end(error: Exception) -> int | None:
@@ -38,8 +35,8 @@ def end(error: Exception) -> int | None:
     if message is None:
         return None
     _record(error, message)
-    _say_once(f"error: {message}", alone=_is_lost(error))
-    return 1 if _is_lost(error) else 2
+    _say_once(f"error: {message}", lost=is_lost(error))
+    return 1 if is_lost(error) else 2
 
 
 def leave(code: int | None, error: Exception) -> NoReturn:
@@ -71,7 +68,7 @@ def message_of(error: Exception) -> str | None:
     user_error = _user_error(error)
     if user_error is not None:
         return str(user_error)
-    if _is_lost(error):
+    if is_lost(error):
         return (
             f"Process {process_rank()} lost the others ({str(error).splitlines()[0][:200]}): one of them has ended or hangs; "
             "its own message stands elsewhere in this log. Go on from the last checkpoint with --ckpt_path=auto."
@@ -95,11 +92,6 @@ def _user_error(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _is_lost(error: BaseException) -> bool:
-    in_job = dist.is_available() and dist.is_initialized()
-    return in_job and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
 
 
 def _end_preempted(error: Preempted) -> int:
@@ -126,32 +118,38 @@ def _record(error: Exception, message: str | None = None) -> None:
         handler.record_exception(error)
 
 
-def _say_once(line: str, *, alone: bool) -> None:
+def _say_once(line: str, *, lost: bool) -> None:
     """Print from the first process; from another one only what the first does not say as well."""
-    rank, said = process_rank(), False
-    store = _store()
-    if rank == 0 and getattr(tqdm, "_instances", None):  # a bar without its end
-        print(file=sys.stderr)
+    rank, store = process_rank(), _store()
     if rank == 0:
+        if getattr(tqdm, "_instances", None):  # a bar without its end
+            print(file=sys.stderr)
         print(line, file=sys.stderr, flush=True)
-        if store is not None:
+        if store is not None and not lost:
             with suppress(RuntimeError):
                 store.set("mf_lightning/error", line)
                 time.sleep(1)  # others ask for it
         return
     if store is None:
-        return
-    for _ in range(0 if alone else 30):
+        on_first_node = os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", os.environ.get("NODE_RANK", "0"))) == "0"
+        said = on_first_node or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"  # one voice per node
+    else:
+        gone = first_is_gone(1.0 if lost else 0.0)
+        said = rank > 1 if gone else gone is not None if lost else _first_says(store, line)
+    if not said:
+        print(line.replace("error: ", f"error: (process {rank} on {socket.gethostname()}) ", 1), file=sys.stderr, flush=True)
+
+
+def _first_says(store: dist.Store, line: str) -> bool:
+    """Wait a little for the first process to say the same."""
+    for _ in range(30):
         time.sleep(0.1)
         try:
             if store.check(["mf_lightning/error"]):
-                said = store.get("mf_lightning/error").decode() == line
-                break
+                return store.get("mf_lightning/error").decode() == line
         except RuntimeError:  # the first process is gone, and had its say
-            said = True
-            break
-    if not said:
-        print(line.replace("error: ", f"error: (process {rank} on {socket.gethostname()}) ", 1), file=sys.stderr, flush=True)
+            return True
+    return False
 
 
 def _store() -> dist.Store | None:

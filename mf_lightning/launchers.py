@@ -14,6 +14,11 @@ import torch.distributed as dist
 
 from mf_lightning.types import UserError
 
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out", "Timed out waiting", "Read timeout",
+    "Connection refused", "remote process exited", "NCCL communicator was aborted", "Heartbeat monitor", "TCPStore",
+)  # fmt: skip
+
 
 def process_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Return the number of this process among all, as far as the environment tells; 0 for a single one."""
@@ -38,6 +43,12 @@ def under_slurm(environment: Mapping[str, str] = os.environ) -> bool:
         and name not in ("bash", "interactive")
         and not under_torchrun(environment)
     )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether an error says that another process of the job has ended or cannot be reached."""
+    in_job = dist.is_available() and dist.is_initialized()
+    return in_job and isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
 
 
 def follow_launcher(trainer: Any, environment: Mapping[str, str] = os.environ) -> None:
@@ -109,13 +120,34 @@ def meet(strategy: Any, environment: Mapping[str, str] = os.environ) -> None:
     rank, world = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     if not in_agents_store or world == 1 or dist.is_initialized():
         return
+    if not hasattr(strategy, "_timeout"):
+        raise UserError(
+            f"Got {type(strategy).__name__} for {world} processes of torchrun, expected a strategy for several. Give "
+            "--trainer=configs/trainer/ddp.yaml (or fsdp.yaml)."
+        )
     timeout, device = strategy._timeout or timedelta(minutes=30), strategy.root_device
     address = (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
     store = dist.TCPStore(*address, world_size=world, is_master=False, timeout=timeout)
-    store = dist.PrefixStore(fresh_prefix(store, rank, world, timeout), store)
+    try:
+        store = dist.PrefixStore(fresh_prefix(store, rank, world, timeout), store)
+    except (TimeoutError, dist.DistStoreError) as error:
+        raise UserError(
+            f"Got not all of {world} processes at {address[0]}:{address[1]} ({str(error).splitlines()[0]}), expected all within "
+            f"{timeout}. Look for the first error of each node in this log."
+        ) from error
     how = {"rank": rank, "world_size": world, "timeout": timeout, "device_id": None if device.type == "cpu" else device}
     dist.init_process_group(strategy._get_process_group_backend(), store=store, **how)
     atexit.register(_part)
+
+
+def agreed(value: str | None) -> str | None:
+    """Return the first process's value, where processes have met already; network file systems show others an older state."""
+    if not dist.is_initialized():
+        return value
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("mf_lightning/agreed", value or "")
+    return store.get("mf_lightning/agreed").decode() or None
 
 
 def _part() -> None:

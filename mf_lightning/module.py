@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mf_lightning.flow.jvp import choose_jvp
 from mf_lightning.flow.meanflow import MeanFlowLoss
 from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator, prepare_compiler
 from mf_lightning.flow.rows import Draw
@@ -96,6 +97,11 @@ class MeanFlowModule(LightningModule):
         elif self.net is None:
             self.net = self.make_net(spec)
         self._check_arithmetic(device)
+        if shard is not None and self.compiled and choose_jvp(self.loss.jvp, self.net) == "torch":
+            raise UserError(
+                "Got model.compile = true with torch.func.jvp under FSDP, expected the network's own tangents: blocks are "
+                "compiled one by one, and torch.func.jvp cannot pass through them. Set model.compile to false, or jvp to null."
+            )
         if shard is not None:
             float32_jvp = self.loss.jvp_precision == "32-true"
             shard(self.net, precision=str(self.trainer.precision), float32_jvp=float32_jvp, compile_blocks=self.compiled)

@@ -79,9 +79,18 @@ def shard(
 
 
 @torch.no_grad()
-def materialise(net: nn.Module, device: torch.device) -> None:
-    """Give a sharded network memory on a device and its first values: no process ever holds more than one whole tensor."""
+def materialise(net: nn.Module, device: torch.device, compute_device: torch.device) -> None:
+    """Give a sharded network memory and its first values: no process ever holds more than one whole tensor.
+
+    Args:
+        net: sharded, on the device "meta".
+        device: of parameters.
+        compute_device: of buffers, which FSDP does not move.
+    """
     net.to_empty(device=device)
+    for module in net.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=compute_device))
     waiting = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     for name, value in net.initial_weights():
         target = waiting.pop(name)
@@ -105,7 +114,8 @@ def placed(whole: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return whole
     whole = whole.to(like.dtype)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return shard.to(like.device)  # offloaded ones lie in main memory, though their mesh is of GPUs
 
 
 def gathered(tree: Any, *, keep: bool) -> Any:

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from mf_lightning import sharding
 from mf_lightning.checkpoints import is_sharded_checkpoint, read_checkpoint, read_header, sharded
-from mf_lightning.checkpoints.files import not_written
+from mf_lightning.checkpoints.files import not_written, verify_together
+from mf_lightning.launchers import is_lost
 from mf_lightning.types import UserError
 
 
@@ -62,6 +63,11 @@ class FSDPStrategy(ModelParallelStrategy):
         self._saving: Any = None
         self._saving_to: Path | None = None
 
+    def _get_process_group_backend(self) -> str:
+        """Offloaded shards are summed in main memory (the gradient's norm): gloo beside nccl."""
+        backend = super()._get_process_group_backend()
+        return "cpu:gloo,cuda:nccl" if self.cpu_offload and backend == "nccl" else backend
+
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Every process has rows of its own."""
@@ -94,18 +100,20 @@ class FSDPStrategy(ModelParallelStrategy):
             float32_jvp: whether the derivative is taken in float32 under bf16-mixed, and so needs the weights unrounded.
             compile_blocks: run each block under torch.compile.
         """
-        rounded = precision == "bf16-mixed" and not float32_jvp
+        qk_norm = bool(getattr(net, "config", {}).get("qk_norm"))  # autocast leaves its weights in float32
+        rounded = precision == "bf16-mixed" and not float32_jvp and not qk_norm
         bfloat16 = rounded if self.gather_dtype is None else self.gather_dtype == "bfloat16"
         if bfloat16 and not rounded:
             raise UserError(
                 f"Got trainer.strategy.init_args.gather_dtype = bfloat16 with trainer.precision = {precision}"
-                f"{' and jvp_precision = 32-true' if float32_jvp else ''}, expected bf16-mixed without it: the weights would "
+                f"{' and jvp_precision = 32-true' if float32_jvp else ''}{' and qk_norm' if qk_norm else ''}, expected "
+                "bf16-mixed alone: the weights would "
                 "be rounded where they are used in full. Leave gather_dtype out, or set it to float32."
             )
         mesh = self.device_mesh if self.replicas > 1 else self.device_mesh["shards"]
         how = {"gather_dtype": torch.bfloat16 if bfloat16 else None, "cpu_offload": self.cpu_offload}
         sharding.shard(net, mesh, **how, compile_blocks=compile_blocks)
-        sharding.materialise(net, torch.device("cpu") if self.cpu_offload else self.root_device)
+        sharding.materialise(net, torch.device("cpu") if self.cpu_offload else self.root_device, self.root_device)
 
     def model_to_device(self) -> None:
         """Leave the shards where they were made."""
@@ -133,11 +141,24 @@ class FSDPStrategy(ModelParallelStrategy):
             return
         background = bool(getattr(self.checkpoint_io, "background", False))
         try:
-            aside = self.broadcast(sharded.prepare(path, checkpoint["global_step"]) if self.is_global_zero else None)
+            aside = self._prepared(path, checkpoint["global_step"])
             self._saving_to = path
             self._saving = sharded.write(checkpoint, aside, path, group=self._group, background=background)
         except (OSError, RuntimeError, dist.checkpoint.CheckpointException) as error:
-            raise not_written(path, error) from error
+            raise _not_written(path, error) from error
+
+    def _prepared(self, path: Path, step: int) -> Path:
+        """Return the directory to write into, made by the first process; its error is everyone's."""
+        aside: Path | OSError | None = None
+        if self.is_global_zero:
+            try:
+                aside = sharded.prepare(path, step)
+            except OSError as error:
+                aside = error
+        aside = self.broadcast(aside)
+        if isinstance(aside, OSError):
+            raise aside
+        return aside
 
     def wait_for_checkpoint(self) -> None:
         """Wait until what is written in the background is whole.
@@ -150,7 +171,7 @@ class FSDPStrategy(ModelParallelStrategy):
             try:
                 saving.result()
             except (OSError, RuntimeError, dist.checkpoint.CheckpointException) as error:
-                raise not_written(self._saving_to, error) from error
+                raise _not_written(self._saving_to, error) from error
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any strategy, each tensor as this run shards it; every process calls it."""
@@ -159,7 +180,8 @@ class FSDPStrategy(ModelParallelStrategy):
             self.lightning_module.check_checkpoint(read_header(path))  # before tensors of other shapes are placed
         place = self._place()
         if is_sharded_checkpoint(path):
-            return read_checkpoint(path, place=place)
+            verify_together(path, self._group)
+            return read_checkpoint(path, place=place, checked=True)
         skeleton, tensors = sharded.split(read_checkpoint(path, mmap=True))
 
         def put(keys: tuple[Any, ...], name: str) -> Tensor:
@@ -204,3 +226,10 @@ class FSDPStrategy(ModelParallelStrategy):
         self.wait_for_checkpoint()
         self.checkpoint_io.teardown()
         super().teardown()
+
+
+def _not_written(path: Path, error: BaseException) -> Exception:
+    """Return what to raise: the loss of another process is not one of the disk."""
+    if isinstance(error, dist.checkpoint.CheckpointException):
+        error = next((what[0] for what in error.failures.values()), error)
+    return error if isinstance(error, RuntimeError) and is_lost(error) else not_written(path, error)

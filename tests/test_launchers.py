@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import threading
 import time
@@ -95,16 +96,19 @@ def test_other_strategies_are_refused(name):
         check_strategy(known)
 
 
-def test_lightning_does_not_requeue_as_well():
-    """Its handler of SIGUSR1 under SLURM requeues the job by itself, beside the exit code that says so."""
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    environment = SLURMEnvironment(auto_requeue=True)
-    for signals, requeues in ((["SIGTERM", "SIGUSR1"], False), ([], True)):
-        environment.auto_requeue = True
-        fake = SimpleNamespace(strategy=SimpleNamespace(cluster_environment=environment))
-        Preemption(signals).setup(fake, None, "fit")
-        assert environment.auto_requeue is requeues
+def test_lightning_listens_to_no_signal_of_ours():
+    """Its handlers talk to other processes inside a handler, and requeue a SLURM job beside the exit code that says so."""
+    before = signal.getsignal(signal.SIGTERM)
+    for signals, ours in ((["SIGTERM", "SIGUSR1"], True), ([], False)):
+        registered = []
+        fake = SimpleNamespace(_signal_connector=SimpleNamespace(register_signal_handlers=lambda: registered.append(1)))
+        preemption = Preemption(signals)
+        preemption.setup(fake, None, "fit")
+        fake._signal_connector.register_signal_handlers()
+        assert registered == ([] if ours else [1])
+        assert (signal.getsignal(signal.SIGTERM) != before) is ours
+        preemption.teardown(fake, None, "fit")
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_each_attempt_meets_in_a_part_of_the_store_of_its_own():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def run(root: Path, *, every_n_steps: int = 1, resume: str | None = None, preemp
         def asked(trainer):
             calls.append(trainer.state.stage.value)
             if trainer.global_step >= int(step) and trainer.state.stage.value == hook:
-                preemption._received = 15
+                os.kill(os.getpid(), signal.SIGTERM)
             poll(trainer)
 
         preemption.poll = asked

@@ -5,6 +5,7 @@ from mf_lightning.callbacks.csv_log import MetricsCSV
 from mf_lightning.callbacks.ema import EMA
 from mf_lightning.callbacks.guards import NonFiniteGuard
 from mf_lightning.callbacks.heartbeat import Heartbeat
+from mf_lightning.callbacks.liveness import Liveness
 from mf_lightning.callbacks.preemption import Preempted, Preemption
 from mf_lightning.callbacks.run_summary import RunSummary
 from mf_lightning.callbacks.sample_eval import SampleEval
@@ -19,6 +20,7 @@ __all__ = [
     "BestCheckpoint",
     "Heartbeat",
     "LastCheckpoint",
+    "Liveness",
     "MetricsCSV",
     "NonFiniteGuard",
     "Preempted",

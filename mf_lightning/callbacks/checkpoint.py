@@ -45,7 +45,9 @@ class LastCheckpoint(Checkpoint):
         self._max_steps: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Where there are several nodes, see that they share the folder."""
+        """Where there are several processes, see that they resume from one checkpoint, and that nodes share the folder."""
+        if stage == "fit" and trainer.world_size > 1:
+            check_same_start(trainer.ckpt_path)
         if stage == "fit" and trainer.num_nodes > 1:
             check_shared(trainer, self.path.parent)
 
@@ -130,6 +132,23 @@ class LastCheckpoint(Checkpoint):
         if self._validation_due and trainer.max_steps == checkpoint["global_step"]:
             self._max_steps = trainer.max_steps
             trainer.fit_loop.epoch_loop.max_steps += 1  # or Lightning would end before the hook that validates
+
+
+def check_same_start(checkpoint: str | Path | None) -> None:
+    """See that all processes resume from one checkpoint, or start anew; every process calls it.
+
+    Raises:
+        UserError: in all processes, naming what each of two would do.
+    """
+    mine = "nothing" if checkpoint is None else os.path.realpath(checkpoint)
+    seen: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (mine, socket.gethostname()))
+    (first, home), other = seen[0], next((each for each in seen if each[0] != seen[0][0]), None)
+    if other is not None:
+        raise UserError(
+            f"Got a run to resume from {first} on {home} and from {other[0]} on {other[1]}, expected one checkpoint for all. A "
+            "network file system may show a node an older state: start the job again, or name the checkpoint with --ckpt_path."
+        )
 
 
 def check_shared(trainer: Trainer, folder: Path, wait_s: float = 60.0) -> None:
@@ -244,7 +263,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: no such checkpoint, a truncated or altered one, or one that needs code.
         """
-        return read_checkpoint(path)
+        return read_checkpoint(path, mmap=torch.cuda.is_available())  # or every process of a node would hold a copy
 
     def teardown(self) -> None:
         """Finish writing."""

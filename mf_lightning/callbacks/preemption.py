@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -27,11 +28,52 @@ class Preempted(Exception):
         self.exit_code = exit_code
 
 
+class _Listener:
+    """What this process was asked by signals; one for the process, since signals are."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._earlier: dict[int, Any] = {}
+        self._for_good = False
+
+    def listen(self, numbers: Iterable[int], *, for_good: bool = False) -> None:
+        """Note these signals from now on, and leave others as they were."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self._for_good = self._for_good or for_good
+        if not self._for_good:
+            self.received = 0
+        wanted = set(numbers)
+        self._restore(set(self._earlier) - wanted)
+        for number in wanted - set(self._earlier):
+            self._earlier[number] = signal.signal(number, self._notice)
+
+    def stop(self) -> None:
+        """Give the signals back, unless the process listens for good."""
+        if not self._for_good and threading.current_thread() is threading.main_thread():
+            self._restore(set(self._earlier))
+
+    def _restore(self, numbers: set[int]) -> None:
+        for number in numbers:
+            signal.signal(number, self._earlier.pop(number))
+
+    def _notice(self, signum: int, frame: FrameType | None) -> None:
+        self.received = self.received or signum
+
+
+_listener = _Listener()
+
+
+def listen_for_good() -> None:
+    """Note SIGTERM and SIGUSR1 until the process ends: also while it starts, and while it writes its last checkpoint."""
+    _listener.listen([signal.SIGTERM, signal.SIGUSR1], for_good=True)
+
+
 class Preemption(Callback):
     """End a fit in order at a signal: after the step, with a checkpoint, with an exit code on which schedulers requeue.
 
     A signal that reaches one process ends all of them at the same step. Inside a validation the run does not wait for its end:
-    a resumed run does that validation again, whole.
+    a resumed run does that validation again, whole. What comes before the first step is noted, and answered there.
 
     Args:
         signals: that mean "go"; an empty list leaves all signals alone.
@@ -48,37 +90,28 @@ class Preemption(Callback):
             )
         self.signals = [signal.Signals[name] for name in signals]
         self.exit_code = exit_code
-        self._received = 0
-        self._earlier: dict[int, Any] = {}
         self._group: dist.ProcessGroup | None = None
         self._agreeing: tuple[dist.Work, torch.Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keep Lightning from requeueing a SLURM job by itself: the exit code says that, and another one would go beside."""
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if self.signals and hasattr(environment, "auto_requeue"):
-            environment.auto_requeue = False
+        """Listen, and keep Lightning from it: its handlers talk to other processes, and requeue SLURM jobs by themselves."""
+        if stage != "fit":
+            return
+        _listener.listen(self.signals)
+        if self.signals:
+            trainer._signal_connector.register_signal_handlers = lambda: None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        _listener.stop()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open a way to agree that does not go through the devices."""
-        self._received, self._agreeing = 0, None
+        self._agreeing = None
         if trainer.world_size > 1 and self.signals and self._group is None:
             self._group = dist.new_group(backend="gloo")
-        # Lightning's own way makes every step wait for the device, and may hang inside its signal handler
+        # Lightning's own way makes every step wait for the device
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen; Lightning has set up its own handlers by now."""
-        if threading.current_thread() is threading.main_thread() and not self._earlier:
-            self._earlier = {number: signal.signal(number, self._notice) for number in self.signals}
-        if trainer.received_sigterm and signal.SIGTERM in self.signals:  # while the run was set up
-            trainer._signal_connector.received_sigterm = False
-            self._received = signal.SIGTERM
-
-    on_train_start = on_sanity_check_start
-
-    def _notice(self, signum: int, frame: FrameType | None) -> None:
-        self._received = self._received or signum
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Go, between two optimizer steps."""
@@ -101,7 +134,7 @@ class Preemption(Callback):
         """
         if trainer.state.fn != "fit" or not self.signals:
             return
-        asked = self._received if self._group is None else self._agreed()
+        asked = _listener.received if self._group is None else self._agreed()
         if asked:
             raise Preempted(asked, trainer.global_step, self.exit_code)
 
@@ -111,23 +144,14 @@ class Preemption(Callback):
             work, flag = self._agreeing
             work.wait()
             asked = int(flag)
-        flag = torch.tensor(self._received)
+        flag = torch.tensor(_listener.received)
         self._agreeing = (dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
         return asked
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
-        self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the signals back, unless a checkpoint is yet to be written: a second signal must not cut that off."""
         if not isinstance(exception, Preempted):
-            self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
-        self._earlier = {}
+            _listener.stop()
 
 
 def poll(trainer: Trainer) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -40,8 +41,8 @@ def publish(aside: Path, path: Path, *, step: int) -> None:
     os.replace(link, path)
     flush_folder(path.parent)
     found = sorted((int(match[1]), p) for p in path.parent.iterdir() if (match := _STATE.fullmatch(p.name)) and p != final)
-    older, others = [p for n, p in found if n < step], [p for n, p in found if n >= step]  # others: of a run that was cut off
-    for old in [*older[: max(0, len(older) - KEPT + 1)], *others]:
+    older, same = [p for n, p in found if n < step], [p for n, p in found if n == step]
+    for old in [*older[: max(0, len(older) - KEPT + 1)], *same]:  # later ones stay until this run has passed them
         discard(old)
     flush_folder(path.parent)
 
@@ -84,6 +85,9 @@ def flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot do it for folders
+            raise
     finally:
         os.close(handle)
 

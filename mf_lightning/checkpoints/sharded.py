@@ -6,9 +6,11 @@ A directory holds ``__0_0.distcp``, ... (tensors, each process its own part), ``
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
+import time
 import warnings
 import zipfile
 import zlib
@@ -83,8 +85,11 @@ class _Writer(FileSystemWriter):
         super().finish(metadata, results)
         torch.save(self._meta, self._aside / META)
         sums = {name: _checksum(self._aside / name) for name in (INDEX, META)}
-        for part in sorted(self._aside.glob("__*_.json")):
-            sums.update(json.loads(part.read_text()))
+        for name in sorted(_named(metadata)):
+            part = self._aside / f"{name[: name.rindex('_') + 1]}.json"
+            _appears(part)
+            sums[name] = json.loads(part.read_text())[name]
+        for part in self._aside.glob("__*_.json"):
             part.unlink()
         (self._aside / CHECKSUMS).write_text(json.dumps(sums))
         publish(self._aside, self._target, step=self._meta["global_step"])
@@ -171,7 +176,12 @@ def read_header(path: Path) -> dict[str, Any]:
     return join(skeleton, lambda keys, name: torch.empty(kept[name].size, dtype=kept[name].properties.dtype, device="meta"))
 
 
-def read(path: Path, *, place: Callable[[tuple[Any, ...], torch.Size], Tensor | None] | None) -> dict[str, Any]:
+def read(
+    path: Path,
+    *,
+    place: Callable[[tuple[Any, ...], torch.Size], Tensor | None] | None,
+    only: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> dict[str, Any]:
     """Read a directory of shards: whole tensors on the CPU, or as ``place`` lays them out; then every process calls it."""
     kept = read_index(path).state_dict_metadata
     skeleton = torch.load(path / META, map_location="cpu", weights_only=True)
@@ -179,6 +189,8 @@ def read(path: Path, *, place: Callable[[tuple[Any, ...], torch.Size], Tensor | 
 
     def empty(keys: tuple[Any, ...], name: str) -> Tensor:
         size, dtype = kept[name].size, kept[name].properties.dtype
+        if only is not None and not only(keys):
+            return torch.empty(size, dtype=dtype, device="meta")
         like = None if place is None else place(keys, size)
         if isinstance(like, DTensor):
             tensors[name] = torch.empty_like(like, dtype=dtype)
@@ -197,18 +209,40 @@ def read(path: Path, *, place: Callable[[tuple[Any, ...], torch.Size], Tensor | 
     return checkpoint
 
 
-def verify(path: Path) -> None:
-    """Compare all files with the checksums written with them.
+def _named(metadata: Metadata) -> set[str]:
+    """Return the files that hold the tensors of an index."""
+    return {info.relative_path for info in metadata.storage_data.values()}
+
+
+def _appears(file: Path, wait_s: float = 60.0) -> None:
+    """Wait for what another node has written: a network file system may show it late.
 
     Raises:
-        RuntimeError, OSError: something is missing, cut or altered.
+        OSError: it does not appear.
+    """
+    limit = time.monotonic() + wait_s
+    while not file.exists():
+        if time.monotonic() > limit:
+            raise FileNotFoundError(errno.ENOENT, f"not to be seen {wait_s:.0f} s after another process wrote it", str(file))
+        time.sleep(0.1)
+
+
+def verify(path: Path, *, rank: int = 0, world: int = 1) -> None:
+    """Compare all files with the checksums written with them, or every ``world``-th of them from ``rank`` on.
+
+    Raises:
+        RuntimeError, OSError, pickle.UnpicklingError: something is missing, cut or altered.
     """
     if not (path / CHECKSUMS).is_file():
         raise RuntimeError("a directory without checksums.json is no checkpoint")
-    for name, expected in json.loads((path / CHECKSUMS).read_text()).items():
+    sums = json.loads((path / CHECKSUMS).read_text())
+    for name in sorted(sums)[rank::world]:
         found = _checksum(path / name)
-        if found != expected:
-            raise RuntimeError(f"its file {name} has length and checksum {found}, not {expected}")
+        if found != sums[name]:
+            raise RuntimeError(f"its file {name} has length and checksum {found}, not {sums[name]}")
+    missing = {INDEX, META, *_named(read_index(path))} - set(sums)
+    if missing:
+        raise RuntimeError(f"its checksums leave out {', '.join(sorted(missing))}")
 
 
 def _checksum(file: Path) -> list[int]:

@@ -82,7 +82,17 @@ class LatentData(LightningDataModule):
             )
         if stage == "fit":
             self.split("train")
+            self._check_limit()
         self.split(self.val_split)
+
+    def _check_limit(self) -> None:
+        limit, parts = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        batches = limit if isinstance(limit, int) else int(limit * self.steps_per_epoch * parts)
+        if batches % parts:
+            raise UserError(
+                f"Got trainer.limit_train_batches = {limit}, {batches} batches, with trainer.accumulate_grad_batches = {parts}, "
+                "expected whole optimizer steps: the rest of a step's rows would never be seen. Give a multiple."
+            )
 
     @property
     def steps_per_epoch(self) -> int:

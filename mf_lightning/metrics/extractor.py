@@ -55,6 +55,8 @@ class Extractor:
         from urllib.error import URLError
 
         try:
+            if weights is not None:  # torch-fidelity would run code that is in it
+                torch.load(weights, map_location="meta", weights_only=True)
             return create_feature_extractor(
                 self.name, self.layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
             )

@@ -25,6 +25,7 @@ def consolidate(checkpoint: Path, out: Path, weights: str | None = None, overwri
     Raises:
         UserError: no such weights, several EMAs and no choice, or the file exists.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if out.suffix != ".safetensors":
@@ -33,7 +34,8 @@ def consolidate(checkpoint: Path, out: Path, weights: str | None = None, overwri
         raise UserError(f"Got OUT = {out}, which exists, expected a new file. Give another name, or --overwrite=true.")
     decays = list(read_header(checkpoint).get("ema", {}).get("weights", {}))
     name = _choose(weights, decays)
-    whole = read_checkpoint(checkpoint, mmap=True)
+    kept = ("ema", "weights", name)
+    whole = read_checkpoint(checkpoint, mmap=True, only=lambda keys: keys[0] == "state_dict" or keys[:3] == kept)
     tensors = whole["ema"]["weights"][name] if name != "raw" else _network(whole["state_dict"])
     if name != "raw":  # averages are kept of parameters; buffers are those of the network
         tensors = {**{k: v for k, v in _network(whole["state_dict"]).items() if k not in tensors}, **tensors}
@@ -48,6 +50,8 @@ def consolidate(checkpoint: Path, out: Path, weights: str | None = None, overwri
     try:
         save_file({key: value.contiguous() for key, value in tensors.items()}, aside, metadata=metadata)
         aside.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"Got {out} not written ({error}), expected space for it. Free some, or give another place.") from error
     finally:
         aside.unlink(missing_ok=True)
     print(f"{out}: {metadata['weights']} weights at step {metadata['step']} of {checkpoint}, {out.stat().st_size / 1e6:.1f} MB")

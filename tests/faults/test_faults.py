@@ -1,10 +1,40 @@
 """Kills at random points: in steps, inside checkpoints and validations, on one process, DDP, FSDP and background saving."""
 
+import time
+
 import pytest
 
-from tests.faults.suite import report, run_suite
+from mf_lightning.checkpoints import read_header
+from tests.faults.suite import PREEMPTED, STEPS, report, run_suite, start
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("setup", ["one", "ddp"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_a_run_starts_or_ends(tmp_path, setup, name):
+    """Before the first step it is answered after that step; in the last checkpoint it changes nothing; nothing hangs."""
+    root = tmp_path / "run"
+    started = start(root, setup, victim=f"setup:0:0.1:{name}:0", resume=False)
+    assert started.returncode == PREEMPTED, started.stderr[-2000:]
+    assert read_header(root / "checkpoints" / "last.ckpt")["global_step"] <= 2
+    ended = start(root, setup, victim=f"checkpoint:{STEPS}:0.0:{name}:0", resume=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "kill" in (tmp_path / "run.faults.log").read_text().split("start 1")[1]
+    assert read_header(root / "checkpoints" / "last.ckpt")["global_step"] == STEPS
+
+
+@pytest.mark.parametrize("setup", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_takes_the_job_down_with_a_reason(tmp_path, setup, rank):
+    result = start(tmp_path / "run", setup, victim=f"step:5:0.01:SIGKILL:{rank}", resume=False)
+    seconds = time.monotonic() - float((tmp_path / "run.faults.log").read_text().split("kill SIGKILL")[1].split()[1])
+    assert result.returncode != 0
+    assert seconds < 30
+    reasons = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(reasons) == 1, result.stderr[-3000:]
+    assert "lost the others" in reasons[0] or "has ended without a word" in reasons[0] or "is gone" in reasons[0], reasons
+    assert "frame #" not in result.stderr
 
 
 def test_killed_runs_end_like_unbroken_ones(tmp_path, capsys):

@@ -43,6 +43,11 @@ def kill(step: int) -> None:
 
 
 class Watch(Callback):
+    def setup(self, trainer, pl_module, stage):
+        note("setup", "begin", trainer.global_step)
+        time.sleep(0.3)
+        note("setup", "end", trainer.global_step)
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         note("step", "begin", trainer.global_step + 1)
 
