@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import InterpolationResolutionError
 from tqdm.auto import tqdm
 
-from mf_lightning.callbacks.liveness import first_is_gone
+from mf_lightning.callbacks.liveness import first_is_gone, tell_failure
 from mf_lightning.callbacks.preemption import Preempted
 from mf_lightning.launchers import is_lost, process_rank, under_slurm, under_torchrun
 from mf_lightning.types import UserError
@@ -49,6 +49,7 @@ def leave(code: int | None, error: Exception) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if _store() is not None and not isinstance(error, Preempted):
+        tell_failure()
         os._exit(1 if code is None else code)
     sys.exit(code)
 

@@ -132,8 +132,8 @@ def meet(strategy: Any, environment: Mapping[str, str] = os.environ) -> None:
         store = dist.PrefixStore(fresh_prefix(store, rank, world, timeout), store)
     except (TimeoutError, dist.DistStoreError) as error:
         raise UserError(
-            f"Got not all of {world} processes at {address[0]}:{address[1]} ({str(error).splitlines()[0]}), expected all within "
-            f"{timeout}. Look for the first error of each node in this log."
+            f"Got not all of {world} processes at {address[0]}:{address[1]} ({str(error).splitlines()[0]}), expected all "
+            f"within {timeout}. Look for the first error of each node in this log."
         ) from error
     how = {"rank": rank, "world_size": world, "timeout": timeout, "device_id": None if device.type == "cpu" else device}
     dist.init_process_group(strategy._get_process_group_backend(), store=store, **how)

@@ -4,6 +4,18 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
+from mf_lightning.callbacks import preemption
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def signals_given_back():
+    """A command listens for SIGTERM until its process ends; the tests' process goes on."""
+    yield
+    preemption._listener._for_good = False
+    preemption._listener.stop()
+    preemption._listener.received = 0

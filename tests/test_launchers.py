@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from mf_lightning import sharding
 from mf_lightning.callbacks.preemption import Preemption
-from mf_lightning.cli import STRATEGIES, check_strategy
+from mf_lightning.cli import STRATEGIES, check_strategy, main
 from mf_lightning.launchers import follow_launcher, fresh_prefix, process_rank, under_slurm, under_torchrun
 from mf_lightning.types import UserError
 from tests.runs import RECIPES, ROOT, command_line, error_of, python
@@ -100,8 +101,9 @@ def test_lightning_listens_to_no_signal_of_ours():
     """Its handlers talk to other processes inside a handler, and requeue a SLURM job beside the exit code that says so."""
     before = signal.getsignal(signal.SIGTERM)
     for signals, ours in ((["SIGTERM", "SIGUSR1"], True), ([], False)):
-        registered = []
-        fake = SimpleNamespace(_signal_connector=SimpleNamespace(register_signal_handlers=lambda: registered.append(1)))
+        registered: list[int] = []
+        connector = SimpleNamespace(register_signal_handlers=partial(registered.append, 1))
+        fake = SimpleNamespace(_signal_connector=connector)
         preemption = Preemption(signals)
         preemption.setup(fake, None, "fit")
         fake._signal_connector.register_signal_handlers()
@@ -212,3 +214,70 @@ def test_a_checkpoint_of_other_shapes_is_one_line_from_one_process(tmp_path):
         result = command_line(*common, *way, *more, f"--ckpt_path={last}")
         assert "another architecture (hidden_size = 64), expected hidden_size = 32" in " ".join(error_of(result).split())
         assert (result.stdout + result.stderr).count("error: ") == 1, result.stderr
+
+
+LIVENESS = """
+import os, sys, time
+from types import SimpleNamespace
+import torch.distributed as dist
+from mf_lightning.callbacks import Liveness
+
+store, rank, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+os.environ["MASTER_ADDR"] = "127.0.0.1"
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+callback = Liveness(grace_s=0.5)
+trainer = SimpleNamespace(world_size=3, global_rank=rank)
+callback.setup(trainer, None, "fit")
+dist.barrier()
+time.sleep(0.3)
+if kind == "orderly":
+    time.sleep(0.2 * rank)
+    callback.teardown(trainer, None, "fit")
+    time.sleep(1.5)
+    os._exit(0)
+if kind == str(rank):
+    os.kill(os.getpid(), 9)
+time.sleep(60)  # as in a kernel that waits for a process that is gone
+"""
+
+
+@pytest.mark.parametrize("kind", ["0", "1", "2", "orderly"])
+def test_a_process_that_ends_takes_down_those_that_wait_in_a_device(tmp_path, kind):
+    """Whichever ends; one process says so. Those that say goodbye take nobody with them."""
+    (tmp_path / "live.py").write_text(LIVENESS)
+    start = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(python, tmp_path / "live.py", tmp_path / "store", rank, kind) for rank in range(3)]
+        results = [job.result() for job in jobs]
+    assert time.monotonic() - start < 40
+    codes = [result.returncode for result in results]
+    said = [line for result in results for line in result.stderr.splitlines() if line.startswith("error: ")]
+    if kind == "orderly":
+        assert (codes, said) == ([0, 0, 0], [])
+    else:
+        assert codes == [-9 if rank == int(kind) else 1 for rank in range(3)]
+        assert len(said) == 1, said
+        assert said[0].startswith(f"error: process {kind}"), said
+        assert "has ended without a word" in said[0]
+
+
+def test_the_first_error_of_another_node_is_told():
+    """Before processes have met: on the first node the first process says it, on another one its first process."""
+    broken = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}
+    for node, local, speaks in (("1", "0", True), ("1", "1", False), ("0", "1", False)):
+        environment = {**broken, "NODE_RANK": node, "LOCAL_RANK": local}
+        result = command_line("fit", "--config=absent.yaml", env=environment)
+        assert result.returncode == 2
+        assert ("absent.yaml" in result.stderr) is speaks, result.stderr
+        assert not speaks or "(process 9 on" in result.stderr
+
+
+def test_half_optimizer_steps_are_refused(tmp_path, capsys):
+    options = [
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.limit_train_batches=3",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={RECIPES / 'smoke.yaml'}", *options])
+    assert "limit_train_batches = 3 (3 batches), trainer.accumulate_grad_batches = 2, expected whole" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import torch
 from mf_lightning.callbacks import LastCheckpoint, Preempted, Preemption
 from mf_lightning.checkpoints import publish, read_checkpoint
 from mf_lightning.checkpoints.sharded import split
-from mf_lightning.cli import load
+from mf_lightning.cli import load, main
 from mf_lightning.types import UserError
 from tests.runs import RECIPES
 
@@ -173,3 +173,45 @@ def test_other_data_or_batches_are_refused(unbroken, tmp_path):
         run(tmp_path / "run", resume=str(last), data__init_args__batch_size=10)
     with pytest.raises(UserError, match=r"training data with samples = 64"):
         run(tmp_path / "run", resume=str(last), data__init_args__train_size=64)
+
+
+def small(root: Path, *more: str) -> list[str]:
+    """Return the options of a run of three steps."""
+    settings = {**SETTINGS, "trainer.max_steps": 3, "trainer.limit_val_batches": 0, "trainer.default_root_dir": root}
+    return ["fit", f"--config={RECIPES / 'smoke.yaml'}", *(f"--{key}={value}" for key, value in settings.items()), *more]
+
+
+def test_states_without_a_last_one_are_not_written_over(tmp_path, capsys):
+    """`last.ckpt` names a state that somebody removed, or is gone: auto does not start anew over the others."""
+    main(small(tmp_path, "--trainer.plugins=[]"))  # an emptied list does not bring Lightning's own writing back
+    folder = tmp_path / "checkpoints"
+    assert (folder / "last.ckpt").is_symlink()
+    shutil.copy(folder / "step00000003.ckpt", folder / "step00000002.ckpt")
+    (folder / "step00000003.ckpt").unlink()
+    for removed in (False, True):
+        if removed:
+            (folder / "last.ckpt").unlink()
+        for asked in (["--ckpt_path=auto"], ["--ckpt_path=last"], []):
+            with pytest.raises(SystemExit):
+                main(small(tmp_path, *asked))
+            said = capsys.readouterr().err
+            assert ("last.ckpt is gone" if removed else "names step00000003.ckpt, which is gone") in said
+            assert f"--ckpt_path={folder / 'step00000002.ckpt'}" in said
+    assert (folder / "step00000002.ckpt").exists()
+
+
+def test_going_on_from_an_earlier_state_leaves_later_ones(tmp_path):
+    """Until the run has passed them."""
+    for step in (3, 4, 9):
+        publish.publish(written(tmp_path, step), tmp_path / "last.ckpt", step=step)
+    publish.publish(written(tmp_path, 5), tmp_path / "last.ckpt", step=5)
+    assert sorted(p.name for p in tmp_path.glob("step*")) == ["step00000004.ckpt", "step00000005.ckpt", "step00000009.ckpt"]
+    publish.publish(written(tmp_path, 10), tmp_path / "last.ckpt", step=10)
+    publish.publish(written(tmp_path, 11), tmp_path / "last.ckpt", step=11)
+    assert sorted(p.name for p in tmp_path.glob("step*")) == ["step00000010.ckpt", "step00000011.ckpt"]
+
+
+def written(folder: Path, step: int) -> Path:
+    aside = folder / ".aside"
+    aside.write_text(str(step))
+    return aside

@@ -15,13 +15,21 @@ from lightning import Callback, LightningModule, Trainer
 
 from mf_lightning.callbacks.preemption import Preempted
 
-_KEY, _BYE = "mf_lightning/liveness", b"bye"
+_KEY, _BYE, _FAILED = "mf_lightning/liveness", b"bye", b"failed"
 _gone: threading.Event | None = None
+_sockets: list[socket.socket] = []
 
 
 def first_is_gone(wait_s: float) -> bool | None:
     """Tell whether the connection to the first process has broken, waiting for it a little; None: there is none."""
     return None if _gone is None else _gone.wait(wait_s)
+
+
+def tell_failure() -> None:
+    """Tell the others that this process ends with an error of which it has told the user."""
+    for each in _sockets:
+        with suppress(OSError):
+            each.sendall(_FAILED)
 
 
 class Liveness(Callback):
@@ -37,27 +45,36 @@ class Liveness(Callback):
 
     def __init__(self, grace_s: float = 10.0) -> None:
         self.grace_s = grace_s
-        self._sockets: list[socket.socket] = []
-        self._rank = 0
+        self._rank = self._times = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Connect; every process comes here."""
-        if trainer.world_size == 1 or not dist.is_initialized() or self._sockets:
+        if trainer.world_size == 1 or not dist.is_initialized() or _sockets:
             return
         global _gone
         self._rank, store = trainer.global_rank, dist.distributed_c10d._get_default_store()
+        self._times += 1
+        key = f"{_KEY}/{self._times}"
         if self._rank == 0:
             server = socket.create_server(("", 0), backlog=trainer.world_size)
-            self._sockets.append(server)
-            store.set(_KEY, str(server.getsockname()[1]))
+            _sockets.append(server)
+            store.set(key, str(server.getsockname()[1]))
             target, args = self._watch_all, (server,)
         else:
-            address = (os.environ["MASTER_ADDR"], int(store.get(_KEY)))
-            connection = socket.create_connection(address, timeout=60)
+            address = (os.environ["MASTER_ADDR"], int(store.get(key)))
+            try:
+                connection = socket.create_connection(address, timeout=60)
+            except OSError as error:
+                print(
+                    f"note: process {self._rank} on {socket.gethostname()} cannot reach {address[0]}:{address[1]} ({error}): if "
+                    "another process is lost, it ends only when the backend's own timeout passes.",
+                    file=sys.stderr,
+                )
+                return
             connection.settimeout(None)
             _keep_alive(connection)
             connection.sendall(f"{self._rank} on {socket.gethostname()}\n".encode())
-            self._sockets.append(connection)
+            _sockets.append(connection)
             _gone = threading.Event()
             target, args = self._watch_first, (connection, _gone)
         threading.Thread(target=target, args=args, name="liveness", daemon=True).start()
@@ -65,11 +82,12 @@ class Liveness(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say goodbye."""
         global _gone
-        for each in self._sockets:
+        for each in _sockets:
             with suppress(OSError):  # the listening one, and those whose process has gone before
                 each.sendall(_BYE)
-            each.close()
-        self._sockets, _gone = [], None
+        while _sockets:
+            _sockets.pop().close()
+        _gone = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say goodbye where all processes go."""
@@ -80,7 +98,7 @@ class Liveness(Callback):
         names: dict[socket.socket, str] = {}
         with selectors.DefaultSelector() as selector:
             selector.register(server, selectors.EVENT_READ)
-            while server in self._sockets:
+            while server in _sockets:
                 for key, _ in selector.select(timeout=1.0):
                     if key.fileobj is server:
                         try:
@@ -88,7 +106,7 @@ class Liveness(Callback):
                         except OSError:  # closed
                             return
                         _keep_alive(connection)
-                        self._sockets.append(connection)
+                        _sockets.append(connection)
                         selector.register(connection, selectors.EVENT_READ)
                     else:
                         said = _received(key.fileobj)
@@ -96,22 +114,23 @@ class Liveness(Callback):
                             names[key.fileobj] = said.decode().strip()
                             continue
                         selector.unregister(key.fileobj)
-                        if not said.endswith(_BYE) and server in self._sockets:
-                            self._end(names.get(key.fileobj, "?"))
+                        if not said.endswith(_BYE) and server in _sockets:
+                            self._end(names.get(key.fileobj, "?"), told=said.endswith(_FAILED))
 
     def _watch_first(self, connection: socket.socket, gone: threading.Event) -> None:
         said = _received(connection)
-        if said != _BYE and connection in self._sockets:
+        if said != _BYE and connection in _sockets:
             gone.set()
-            self._end("0")
+            self._end("0", told=said == _FAILED)
 
-    def _end(self, which: str) -> None:
-        time.sleep(self.grace_s)
-        if self._sockets and self._rank <= 1:  # one voice: of the first process, or where that is gone, the second
+    def _end(self, which: str, *, told: bool) -> None:
+        time.sleep(self.grace_s)  # for messages of the main thread's own
+        if _sockets and self._rank <= 1 and not told:  # one voice: of the first process, or where that is gone, the second
             why = "killed (for memory?), or its machine is gone. Its own message, if any, stands in this log"
             how = "Go on from the last checkpoint with --ckpt_path=auto"
             print(f"error: process {which} has ended without a word: {why}. {how}.", file=sys.stderr, flush=True)
-        if self._sockets:
+        if _sockets:
+            tell_failure()
             os._exit(1)
 
 

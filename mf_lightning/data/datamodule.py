@@ -90,7 +90,7 @@ class LatentData(LightningDataModule):
         batches = limit if isinstance(limit, int) else int(limit * self.steps_per_epoch * parts)
         if batches % parts:
             raise UserError(
-                f"Got trainer.limit_train_batches = {limit}, {batches} batches, with trainer.accumulate_grad_batches = {parts}, "
+                f"Got trainer.limit_train_batches = {limit} ({batches} batches), trainer.accumulate_grad_batches = {parts}, "
                 "expected whole optimizer steps: the rest of a step's rows would never be seen. Give a multiple."
             )
 
