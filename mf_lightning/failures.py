@@ -97,10 +97,8 @@ def _user_error(error: BaseException | None) -> UserError | None:
 
 def _end_preempted(error: Preempted) -> int:
     if process_rank() == 0:
-        print(
-            f"Preempted by {error.signal} after step {error.step}: the state is saved. Go on with --ckpt_path=auto.",
-            file=sys.stderr,
-        )
+        what = "the state is saved" if error.step else "there is nothing to save yet"
+        print(f"Preempted by {error.signal} after step {error.step}: {what}. Go on with --ckpt_path=auto.", file=sys.stderr)
     started_by_us = process_rank() != 0 and not (under_torchrun() or under_slurm())
     return 0 if started_by_us else error.exit_code  # Lightning's launcher kills the first process if another reports a failure
 

@@ -65,11 +65,9 @@ class Liveness(Callback):
             try:
                 connection = socket.create_connection(address, timeout=60)
             except OSError as error:
-                print(
-                    f"note: process {self._rank} on {socket.gethostname()} cannot reach {address[0]}:{address[1]} ({error}): if "
-                    "another process is lost, it ends only when the backend's own timeout passes.",
-                    file=sys.stderr,
-                )
+                who = f"process {self._rank} on {socket.gethostname()}"
+                what = "if another one is lost, it ends only when the backend's own timeout has passed"
+                print(f"note: {who} cannot reach {address[0]}:{address[1]} ({error}): {what}.", file=sys.stderr)
                 return
             connection.settimeout(None)
             _keep_alive(connection)
