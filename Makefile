@@ -4,7 +4,7 @@ BIN := .venv/bin
 DIGITS := datasets/digits
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-slow-share bench lint clean
+.PHONY: help quickstart test test-all test-slow-share faults bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,7 +19,11 @@ test-all: .venv/.dev ## the slow tests too: the whole quickstart, two processes,
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-slow-share: .venv/.dev
-	$(BIN)/python -m pytest -m slow -k "not quickstart"
+	$(BIN)/python -m pytest -m slow -k "not quickstart and not killed_runs"
+	$(BIN)/python -m tests.faults --kills 8 --seed 1
+
+faults: .venv/.dev ## kill runs at random moments, resume them, compare: 25 kills, about 5 minutes (python -m tests.faults --kills N)
+	$(BIN)/python -m tests.faults --kills 25
 
 bench: .venv/.dev ## the training step against flow matching, and sampling: figures of this machine, about 5 minutes
 	$(BIN)/python benchmarks/train_step.py

@@ -231,14 +231,17 @@ def test_unconditional_training(tmp_path):
 
 
 def test_wandb_offline(tmp_path):
-    """One more config part adds W&B; offline it needs no account."""
-    result = command_line(
-        "fit", *SMOKE, "--config", RECIPES.parent / "trainer" / "wandb.yaml", f"--trainer.default_root_dir={tmp_path}",
-        "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--sample_eval.num_samples=20",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    """One more config part adds W&B; offline it needs no account; a resumed run is the same W&B run."""
+    for steps in (2, 4):
+        result = command_line(
+            "fit", *SMOKE, "--config", RECIPES.parent / "trainer" / "wandb.yaml", f"--trainer.default_root_dir={tmp_path}",
+            f"--trainer.max_steps={steps}", "--trainer.val_check_interval=2", "--sample_eval.num_samples=20", "--ckpt_path=auto",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "metrics.csv").is_file()
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    written = [file.stem for file in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]
+    assert len(written) == 2
+    assert {name.removeprefix("run-") for name in written} == {(tmp_path / "wandb_id").read_text()}
 
 
 # options and messages

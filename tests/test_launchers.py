@@ -186,6 +186,10 @@ WRONG = {
     "FSDP without a GPU": ([*FSDP, "--trainer.accelerator=gpu"], "GPUs"),
     "groups that processes do not divide": ([*FSDP, "--trainer.strategy.init_args.replicas=3"], "replicas = 3 for 2 process"),
     "weights kept in main memory without a GPU": ([*FSDP, "--trainer.strategy.init_args.cpu_offload=true"], "cpu_offload"),
+    "compiled blocks under torch.func.jvp": (
+        [*FSDP, "--model.compile=true", "--model.loss.init_args.jvp=torch"],
+        "torch.func.jvp under FSDP",
+    ),
     "nodes without an address": ([*DDP, "--trainer.num_nodes=2"], "without MASTER_ADDR"),
     "a strategy that was never proved": (
         ["--trainer.strategy=ddp_spawn", "--trainer.devices=2"],

@@ -17,6 +17,7 @@ WAYS = {
     "ddp accumulated": [*DDP, "--trainer.accumulate_grad_batches=2"],
     "fsdp accumulated": [*FSDP, "--trainer.accumulate_grad_batches=2"],
     "hsdp": [*FSDP, "--trainer.strategy.init_args.replicas=2"],
+    "hsdp of four": [*FSDP, "--trainer.devices=4", "--trainer.strategy.init_args.replicas=2"],
     "fsdp checkpointed": [*FSDP, "--model.net.init_args.activation_checkpointing=true"],
     "fsdp compiled": [*FSDP, "--model.compile=true"],
     "torch jvp": ["--model.loss.init_args.jvp=torch"],

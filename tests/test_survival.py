@@ -42,3 +42,23 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             AtomicCheckpointIO().load_checkpoint(tmp_path / name)
     assert not (tmp_path / "made").exists()
+
+
+def test_no_code_in_extractor_weights_is_run(tmp_path):
+    """torch-fidelity unpickles them freely."""
+    import pickle
+
+    from mf_lightning.metrics.extractor import Extractor
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "made"), "w"))
+
+    for name, content in (("plain.pth", pickle.dumps({"x": Evil()})), ("zip.pth", None)):
+        if content is None:
+            torch.save({"x": Evil()}, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="Got no feature extractor"):
+            Extractor("inception-v3-compat", weights=str(tmp_path / name))
+    assert not (tmp_path / "made").exists()
