@@ -235,7 +235,8 @@ def test_wandb_offline(tmp_path):
     for steps in (2, 4):
         result = command_line(
             "fit", *SMOKE, "--config", RECIPES.parent / "trainer" / "wandb.yaml", f"--trainer.default_root_dir={tmp_path}",
-            f"--trainer.max_steps={steps}", "--trainer.val_check_interval=2", "--sample_eval.num_samples=20", "--ckpt_path=auto",
+            f"--trainer.max_steps={steps}", "--trainer.val_check_interval=2", "--sample_eval.num_samples=20",
+            "--ckpt_path=auto",
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "metrics.csv").is_file()
