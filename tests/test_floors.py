@@ -95,3 +95,10 @@ def test_flow_functions_carry_an_equation_or_section():
         if path.stem not in ("__init__", "labels", "gaussian"):
             text = ast.get_docstring(ast.parse(path.read_text()))
             assert "MeanFlow" in text, path
+
+
+def test_every_package_is_in_the_wheel():
+    listed = (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0]
+    for init in PACKAGE.rglob("__init__.py"):
+        name = ".".join(init.parent.relative_to(ROOT).parts)
+        assert f'"{name}"' in listed, f"pyproject.toml leaves out {name}"
