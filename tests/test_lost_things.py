@@ -93,8 +93,12 @@ def last_step(root: Path) -> int:
 
 def message_of_main(args: list, capsys) -> str:
     """Run `fit` in this process; it must end with one message and exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *map(str, args)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *map(str, args)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # before pytest writes its own dots to a file
     err = capsys.readouterr().err
     assert stop.value.code == 2, err
     assert "Traceback" not in err
