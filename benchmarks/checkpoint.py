@@ -54,14 +54,19 @@ def plain_write(file: Path, size: int) -> float:
     return seconds
 
 
-def main() -> None:
-    """Measure and print."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=28)
+    parser.add_argument("--depth", type=int, default=28, help="blocks; 28 is SiT-XL")
     parser.add_argument("--hidden-size", type=int, default=1152)
     parser.add_argument("--num-heads", type=int, default=16)
-    parser.add_argument("--folder", type=Path, default=Path())
-    given = parser.parse_args()
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure and print."""
+    given = parse()
     checkpoint = state(given.depth, given.hidden_size, given.num_heads)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=given.folder))
     try:
