@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := datasets/digits
+# two files of tests at a time; a file's tests share what they have trained
+PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all test-slow-share faults bench lint clean
@@ -13,13 +15,13 @@ quickstart: .venv/.quickstart $(DIGITS)/dataset.json ## install, prepare the dig
 	$(BIN)/python lightning_cli.py fit --config configs/experiment/quickstart.yaml
 
 test: .venv/.dev ## install with the dev extra and run every test not marked slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/.dev ## the slow tests too: the whole quickstart, two processes, a built wheel
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-slow-share: .venv/.dev
-	$(BIN)/python -m pytest -m slow -k "not quickstart and not killed_runs"
+	$(BIN)/python -m pytest $(PARALLEL) -m slow -k "not quickstart and not killed_runs"
 	$(BIN)/python -m tests.faults --kills 8 --seed 1
 
 faults: .venv/.dev ## kill runs at random moments, resume them, compare: 25 kills, about 5 minutes (python -m tests.faults --kills N)

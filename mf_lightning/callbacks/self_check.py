@@ -161,7 +161,7 @@ def _copy(pl_module: LightningModule) -> nn.Module:
         short = pl_module.make_net(pl_module.trainer.datamodule.latent_spec)
     short.blocks = short.blocks[:1]
     short = short.to(next(net.parameters()).dtype)
-    materialise(short, pl_module.device)
+    materialise(short, pl_module.device, pl_module.device)
     return short
 
 
