@@ -114,6 +114,8 @@ class MeanFlowCLI(LightningCLI):
         follow_launcher(trainer)
         check_strategy(trainer.strategy)
         strategy = getattr(trainer.strategy, "class_path", trainer.strategy)
+        if trainer.plugins is not None and not isinstance(trainer.plugins, list):
+            trainer.plugins = [trainer.plugins]
         if strategy == "mf_lightning.strategies.FSDPStrategy" and trainer.precision in ("64-true", "64", 64):
             trainer.precision = None  # Lightning refuses it here as a word, and takes it as a plugin
             double = Namespace(class_path="lightning.pytorch.plugins.DoublePrecision")
