@@ -6,9 +6,12 @@ import sys
 
 from jsonargparse import auto_cli
 
+from mf_lightning.tools.adopt import adopt
 from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.tools.digits import prepare_digits
+from mf_lightning.tools.encode import encode
 from mf_lightning.tools.heartbeat import heartbeat
+from mf_lightning.tools.stats import stats
 from mf_lightning.tools.verify import verify
 from mf_lightning.types import UserError
 
@@ -18,14 +21,26 @@ def main(args: list[str] | None = None) -> None:
     try:
         commands = {
             "prepare-digits": prepare_digits,
+            "adopt": adopt,
+            "encode": encode,
             "verify": verify,
+            "stats": stats,
             "heartbeat": heartbeat,
             "consolidate": consolidate,
         }
-        auto_cli(commands, args=args, prog="python -m mf_lightning")
+        auto_cli(commands, args=_with_values(sys.argv[1:] if args is None else args), prog="python -m mf_lightning")
     except (UserError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _with_values(args: list[str]) -> list[str]:
+    """Return the arguments with ``--json`` alone as ``--json=true``: jsonargparse wants a value for every option."""
+    following = [*args[1:], ""]
+    return [
+        f"{arg}=true" if arg == "--json" and after not in ("true", "false") else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
 
 
 if __name__ == "__main__":

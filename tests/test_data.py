@@ -257,4 +257,6 @@ def test_autoencoder_ids():
     assert not same_autoencoder("a@12", "a@34")
     assert same_autoencoder("pixel", "pixel")
     assert same_autoencoder("stabilityai/sd-vae-ft-mse@12", "stabilityai/sd-vae-ft-mse")
+    assert same_autoencoder("sd-vae-ft-mse@12", "stabilityai/sd-vae-ft-mse")  # a local copy
+    assert not same_autoencoder("me/sd-vae-ft-mse", "stabilityai/sd-vae-ft-mse")
     assert not same_autoencoder("x@12", "y")

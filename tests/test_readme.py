@@ -63,7 +63,8 @@ def test_benchmark_commands_parse(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "-m mf_lightning" in c])
 def test_other_commands_exist(command):
-    result = python("-m", "mf_lightning", shlex.split(command)[3], "--help")
+    words = shlex.split(command)
+    result = python("-m", "mf_lightning", words[words.index("mf_lightning") + 1], "--help")
     assert result.returncode == 0
 
 

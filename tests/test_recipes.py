@@ -40,6 +40,7 @@ def data(tmp_path_factory):
     return {
         "imagenet": fake_latents(tmp_path_factory.mktemp("imagenet"), shape=(4, 32, 32), classes=1000),
         "digits": fake_latents(tmp_path_factory.mktemp("digits"), shape=(4, 8, 8), classes=10),
+        "cifar": fake_latents(tmp_path_factory.mktemp("cifar"), shape=(3, 32, 32), classes=10),
     }
 
 
@@ -47,6 +48,7 @@ def data(tmp_path_factory):
 def recipe(data, monkeypatch, tmp_path):
     """Load a recipe on random latents; evaluation, which needs weights that only a hub has, is off."""
     monkeypatch.setenv("IMAGENET_LATENTS", str(data["imagenet"]))
+    monkeypatch.setenv("CIFAR10_PIXELS", str(data["cifar"]))
     monkeypatch.setenv("IMAGENET_REFERENCE", str(tmp_path / "reference.npz"))
 
     def make(name, *options):
@@ -104,6 +106,27 @@ def test_recipe_has_the_papers_settings(recipe, name):
     assert cli.trainer.precision == "32-true"
     callbacks = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
     assert callbacks["EMA"].decays == [0.9999]
+
+
+def test_the_cifar_recipe_has_the_papers_settings(recipe):
+    cli = recipe("cifar10_pixel_sit")
+    loss = cli.model.loss
+    assert (loss.fm_fraction, loss.weight.norm_p, loss.times.P_mean, loss.times.P_std) == (0.25, 0.75, -2.0, 2.0)
+    optimizer = cli.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (optimizer.defaults["lr"], optimizer.defaults["betas"], optimizer.defaults["weight_decay"]) == (
+        6e-4,
+        (0.9, 0.999),
+        0,
+    )
+    schedule = cli.model.lr_schedule(optimizer)
+    rates = [schedule.lr_lambdas[0](step) for step in (0, 9_999, 799_999)]
+    assert rates == [1e-4, 1.0, 1.0]
+    assert (cli.datamodule.batch_size, cli.trainer.max_steps) == (1024, 800_000)
+    assert next(c for c in cli.trainer.callbacks if type(c).__name__ == "EMA").decays == [0.99995]
+    with torch.device("meta"):
+        net = cli.model.make_net(LatentSpec((3, 32, 32), 10))
+    assert net.y_null is None
+    assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - 58) < 0.1
 
 
 def test_recipes_are_short_and_start_with_a_comment():

@@ -23,6 +23,13 @@ CHECKED = 8
 """Pictures that a fast decoder is held against the plain one on."""
 
 
+def _first_cause(error: BaseException) -> str:
+    """Return the reason that started a chain of errors, in one line: diffusers calls a hub out of reach a missing file."""
+    while (earlier := error.__cause__ or error.__context__) is not None and str(earlier):
+        error = earlier
+    return " ".join(str(error).split())[:300]
+
+
 class KLAutoencoder(Autoencoder):
     """A pretrained ``AutoencoderKL`` in diffusers' layout, read on first use.
 
@@ -56,6 +63,7 @@ class KLAutoencoder(Autoencoder):
         """
         try:
             from diffusers import AutoencoderKL
+            from safetensors import SafetensorError
         except ImportError as error:
             raise ImportError("KLAutoencoder needs the package diffusers: pip install diffusers") from error
         name = self.pretrained
@@ -67,11 +75,12 @@ class KLAutoencoder(Autoencoder):
             )
         try:
             return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False).eval().requires_grad_(False)
-        except OSError as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"Got the autoencoder {name!r}, which could not be loaded ({str(error).splitlines()[0]}), expected a "
+                f"Got the autoencoder {name!r}, which could not be loaded ({_first_cause(error)}), expected a "
                 "local folder in diffusers' layout or a hub name that this machine can reach. Without a hub, copy the "
-                "folder here and give its path."
+                "folder here and give its path: --autoencoder=/path/to/folder to encode, "
+                "--data.init_args.autoencoder.init_args.pretrained=/path/to/folder to train."
             ) from error
 
     @property
@@ -83,6 +92,16 @@ class KLAutoencoder(Autoencoder):
     def shift(self) -> float:
         """``shift_factor`` of the configuration, 0 where it has none."""
         return float(self.net.config.shift_factor or 0.0)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position and axis (8 for SD-VAE): images must be a multiple of it."""
+        return 2 ** (len(self.net.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of pictures, 3 for RGB, and of latents."""
+        return self.net.config.in_channels, self.net.config.latent_channels
 
     @cached_property
     def id(self) -> str:

@@ -111,7 +111,10 @@ class SampleEval(Callback):
     def _computed_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
         """Decode the training split once, on the first process, and keep the statistics beside the run."""
         data = trainer.datamodule
-        key = json.dumps([self.extractor.name, self.extractor.layer, data.info.to_json(), data.seed], sort_keys=True)
+        key = json.dumps(
+            [self.extractor.name, self.extractor.layer, data.info.to_json(), data.seed, data.state_dict().get("subset")],
+            sort_keys=True,
+        )
         file = Path(trainer.default_root_dir) / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
         if trainer.is_global_zero and not file.exists():
             batches = data.decoded_split("train", device=pl_module.device, batch_size=self.batch_size)

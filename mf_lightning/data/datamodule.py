@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from mf_lightning import draws
 from mf_lightning.data.loader import EvalLoader, LatentSplit, TrainLoader
-from mf_lightning.data.shards import DatasetInfo, open_split, read_info
+from mf_lightning.data.places import open_place
+from mf_lightning.data.shards import DatasetInfo
+from mf_lightning.data.subset import HELD_OUT, Subset
 from mf_lightning.draws import Stream
 from mf_lightning.pixels import to_uint8
 from mf_lightning.transfer import to_device
@@ -28,6 +31,7 @@ class LatentData(LightningDataModule):
         eval_batch_size: validation rows per device.
         val_split: split that validation reads.
         seed: decides order, mirroring and the sampling of moments.
+        workers: threads that make batches ahead; null is one on a GPU and none elsewhere.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class LatentData(LightningDataModule):
         eval_batch_size: int,
         val_split: str,
         seed: int,
+        workers: int | None = None,
     ) -> None:
         super().__init__()
         for split in ("train", val_split):
@@ -50,12 +55,15 @@ class LatentData(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise UserError(f"Got data.{name} = {value}, expected at least 1.")
+        if workers is not None and workers < 0:
+            raise UserError(f"Got data.workers = {workers}, expected 0 or more threads, or null.")
         self.info = info
         self.autoencoder = autoencoder
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.val_split = val_split
         self.seed = seed
+        self.workers = workers
         self._splits: dict[str, LatentSplit] = {}
 
     @property
@@ -80,15 +88,13 @@ class LatentData(LightningDataModule):
                 f"Got the autoencoder {self.autoencoder.id}, expected {self.info.autoencoder}, which made these latents. "
                 "Set data.autoencoder to that one, or encode the images again."
             )
-        if stage == "fit":
-            self.split("train")
+        if stage == "fit" and self.split("train") and self.trainer is not None:
             self._check_limit()
         self.split(self.val_split)
 
     def _check_limit(self) -> None:
         limit, parts = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
-        batches = limit if isinstance(limit, int) else int(limit * self.steps_per_epoch * parts)
-        if batches % parts:
+        if (batches := limit if isinstance(limit, int) else int(limit * self.steps_per_epoch * parts)) % parts:
             raise UserError(
                 f"Got trainer.limit_train_batches = {limit} ({batches} batches), trainer.accumulate_grad_batches = {parts}, "
                 "expected whole optimizer steps: the rest of a step's rows would never be seen. Give a multiple."
@@ -99,12 +105,15 @@ class LatentData(LightningDataModule):
         """Whole optimizer steps in one pass over the training split."""
         return len(self.split("train")) // self.batch_size
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """Return what decides which samples a step number stands for; stored in every checkpoint."""
         split = self.split("train") if "train" in self._splits else None
-        return {} if split is None else {"samples": len(split), "batch_size": self.batch_size, "seed": self.seed}
+        if split is None:
+            return {}
+        window = {} if split.window is None else {"shuffle_window": split.window}
+        return {"samples": len(split), "batch_size": self.batch_size, "seed": self.seed, **window}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Refuse to resume on a stream of other samples, which would repeat some and leave some out.
 
         Raises:
@@ -112,7 +121,7 @@ class LatentData(LightningDataModule):
         """
         ours = self.state_dict()
         if self.trainer.training and ours != state:
-            differ = [key for key in state if ours.get(key) != state[key]]
+            differ = [key for key in {**state, **ours} if ours.get(key) != state.get(key)]
             got, expected = (", ".join(f"{key} = {values.get(key)}" for key in differ) for values in (ours, state))
             raise UserError(
                 f"Got training data with {got}, expected the checkpoint's {expected}: a resumed run goes on at step x "
@@ -131,7 +140,14 @@ class LatentData(LightningDataModule):
             world_size=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             start_step=lambda: trainer.global_step,
+            **self._hands("train"),
         )
+
+    def _hands(self, split: str) -> dict[str, Any]:
+        """Return how batches are made: on a GPU ahead and in pinned memory; on a CPU a thread would take the network's time."""
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        default = 1 if on_gpu or self.split(split).remote is not None else 0
+        return {"workers": default if self.workers is None else self.workers, "pinned": on_gpu}
 
     def val_dataloader(self) -> EvalLoader:
         """Return the validation split, each sample on one device."""
@@ -141,6 +157,7 @@ class LatentData(LightningDataModule):
             batch_size=self.eval_batch_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            **self._hands(self.val_split),
         )
 
     def test_dataloader(self) -> EvalLoader:
@@ -204,23 +221,33 @@ class LatentData(LightningDataModule):
 
 
 def same_autoencoder(one: str, other: str) -> bool:
-    """Tell whether two ids name one autoencoder: by checksum where both have one, else by name."""
-    one_name, _, one_sum = one.partition("@")
-    other_name, _, other_sum = other.partition("@")
-    return one_sum == other_sum if one_sum and other_sum else one_name == other_name
+    """Tell whether two ids name one autoencoder: by checksum where both have one, else by name, a hub's without the owner."""
+    (one_name, _, one_sum), (other_name, _, other_sum) = one.partition("@"), other.partition("@")
+    if one_sum and other_sum:
+        return one_sum == other_sum
+    return one_name == other_name or (bool(one_sum or other_sum) and one_name.split("/")[-1] == other_name.split("/")[-1])
 
 
 class LatentDataModule(LatentData):
-    """A directory of pre-encoded latents (see ``mf_lightning.data.shards`` for the format), memory-mapped.
+    """Pre-encoded latents (see ``mf_lightning.data.shards`` for the format): a directory, memory-mapped, or a URL, streamed.
 
     Args:
-        path: directory with ``dataset.json``.
+        path: directory with ``dataset.json``, or its URL in any protocol of fsspec (s3://, gs://, hf://, https://, file://).
         autoencoder: the one that made the latents; null trains without any evaluation that needs pictures.
         batch_size: rows per optimizer step over all devices and accumulated batches.
         eval_batch_size: validation rows per device.
         val_split: split that validation reads.
-        checksums: also read every shard once at the start and compare checksums.
+        checksums: also read every shard of a directory once at the start and compare checksums; those of a URL always are.
         seed: decides order, mirroring and the sampling of moments.
+        workers: threads that make batches ahead; null is one on a GPU or for a URL, and none elsewhere.
+        shuffle_window: shards whose rows are shuffled together, the shards being shuffled per epoch; null shuffles all rows of
+            a directory together, and 8 shards of a URL.
+        subset: which rows train and validate; null takes all.
+        cache_dir: folder for fetched shards, which processes and jobs may share; null is in the user's cache folder.
+        cache_size: GB that they may take; at least two windows of shards.
+        storage_options: of the URL's file system, as fsspec takes them.
+        fetch_retries: how often a file is fetched again after a failure.
+        fetch_timeout: seconds without progress after which a connection is given up.
     """
 
     def __init__(
@@ -232,18 +259,61 @@ class LatentDataModule(LatentData):
         val_split: str = "val",
         checksums: bool = False,
         seed: int = 0,
+        workers: int | None = None,
+        shuffle_window: int | None = None,
+        subset: Subset | None = None,
+        cache_dir: str | None = None,
+        cache_size: float = 20.0,
+        storage_options: dict[str, Any] | None = None,
+        fetch_retries: int = 5,
+        fetch_timeout: float = 60.0,
     ) -> None:
+        self.place = open_place(
+            path,
+            window=shuffle_window,
+            cache_dir=cache_dir,
+            cache_size=cache_size,
+            storage_options=storage_options,
+            fetch_retries=fetch_retries,
+            fetch_timeout=fetch_timeout,
+        )
+        if checksums and self.place.remote:
+            raise UserError(
+                f"Got data.init_args.checksums = true for '{path}', expected false: files of a URL are checked when fetched."
+            )
+        self.subset = Subset() if subset is None else subset
+        held_out = self.subset.holds_out(val_split)
         super().__init__(
-            read_info(path),
+            self.place.info,
             autoencoder,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            val_split=val_split,
+            val_split="train" if held_out else val_split,
             seed=seed,
+            workers=workers,
         )
+        if held_out:
+            self.val_split = HELD_OUT
         self.path = path
         self.checksums = checksums
 
     def load_split(self, name: str) -> LatentSplit:
-        """Return the memory-mapped rows of a split."""
-        return LatentSplit(open_split(self.path, self.info, name, checksums=self.checksums))
+        """Return the rows of a split: all of it, or those of the subset."""
+        training, held_out = name == "train", name == HELD_OUT
+        window = self.place.window if training else None
+        stored = "train" if held_out else name
+        rows = None
+        if not self.subset.takes_all:
+            labels = self.place.labels(stored)
+            names = self.info.class_names
+            if training:
+                rows = self.subset.training_rows(labels, names)
+            else:
+                rows = self.subset.validation_rows(labels, names, held_out=held_out)
+        shards = self.place.shards(stored, checksums=self.checksums, window=window or 1)
+        return LatentSplit(shards, rows=rows, window=window)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Return what decides which samples a step number stands for; stored in every checkpoint."""
+        state = super().state_dict()
+        return state if not state or self.subset.takes_all else {**state, "subset": self.subset.describe()}

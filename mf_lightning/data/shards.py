@@ -10,9 +10,7 @@ The network's input is ``(z - shift) * scale`` of a stored or sampled latent z.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from mf_lightning.data.aside import write_aside
+from mf_lightning.data.checksum import file_checksum
+from mf_lightning.data.opened import OpenShard, open_array
 from mf_lightning.types import UserError
 
 FORMAT = "mf_lightning latents"
@@ -91,7 +91,7 @@ def read_info(path: str | Path) -> DatasetInfo:
         UserError: no such directory, no ``dataset.json``, another format or version, missing or wrong fields.
     """
     path = Path(path)
-    how = "Make one with `python -m mf_lightning prepare-digits OUT`, or give another path."
+    how = "Make one with `python -m mf_lightning encode` (or adopt, prepare-digits), or give another path."
     if not path.is_dir():
         raise UserError(f"Got the data set path '{path}', which is no directory, expected one with {INFO_FILE}. {how}")
     file = path / INFO_FILE
@@ -100,13 +100,25 @@ def read_info(path: str | Path) -> DatasetInfo:
             f"Got the directory '{path}' without {INFO_FILE}, expected a data set; {INFO_FILE} is written last, so an "
             f"interrupted preparation lacks it. {how}"
         )
+    return parse_info(file.read_text(errors="replace"), where=str(file))
+
+
+def parse_info(text: str, *, where: str) -> DatasetInfo:
+    """Return what the text of a ``dataset.json`` says.
+
+    Args:
+        text: its content.
+        where: its path or URL, for messages.
+
+    Raises:
+        UserError: another format or version, missing or wrong fields.
+    """
     try:
-        body = json.loads(file.read_text())
-        return _parse_info(body)
+        return _parse_info(json.loads(text))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"Got '{file}', which cannot be read as a data set ({reason}), expected format '{FORMAT}', version "
+            f"Got '{where}', which cannot be read as a data set ({reason}), expected format '{FORMAT}', version "
             f"{FORMAT_VERSION}. Prepare the data set again."
         ) from error
 
@@ -138,60 +150,6 @@ def _parse_info(body: dict[str, Any]) -> DatasetInfo:
 def shard_file(path: str | Path, split: str, name: str, ending: str) -> Path:
     """Return the path of one file of a shard."""
     return Path(path) / split / f"{name}.{ending}.npy"
-
-
-def open_array(file: Path, *, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return a memory map of a shard's file after checking header and size.
-
-    Raises:
-        UserError: missing, truncated, or of another shape or dtype than ``dataset.json`` says.
-    """
-    again = "Prepare the data set again, or copy the file once more."
-    if not file.is_file():
-        raise UserError(f"Got no file '{file}', expected {shape} values of {dtype} in it. {again}")
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        size = file.stat().st_size
-        raise UserError(
-            f"Got '{file}' of {size:,} bytes, which is no whole .npy file ({error}), expected {shape} values of {dtype}, "
-            f"{math.prod(shape) * dtype.itemsize:,} bytes after the header. It looks truncated. {again}"
-        ) from error
-    if array.shape != shape or array.dtype != dtype:
-        raise UserError(f"Got {array.shape} values of {array.dtype} in '{file}', expected {shape} of {dtype}. {again}")
-    return array
-
-
-@dataclass(frozen=True)
-class OpenShard:
-    """One shard, memory-mapped."""
-
-    latents: np.ndarray
-    labels: np.ndarray
-    latents_flip: np.ndarray | None
-    sizes: tuple[tuple[str, int], ...] = ()
-    """Its files and their sizes when it was opened; empty for one in memory."""
-
-    def check_files(self) -> None:
-        """Look whether all files are as long as when they were opened: to read behind a map's end kills the process, silently.
-
-        Raises:
-            UserError: one is gone or has another size.
-        """
-        for file, size in self.sizes:
-            try:
-                found = os.stat(file).st_size
-            except OSError as error:
-                raise _lost_file(file, f"which is gone ({error.strerror})", size) from error
-            if found != size:
-                raise _lost_file(file, f"which now has {found:,} bytes", size)
-
-
-def _lost_file(file: str, what: str, size: int) -> UserError:
-    return UserError(
-        f"Got '{file}', {what}, expected the {size:,} bytes that it had when it was opened: the data set was changed during "
-        "the run. The last checkpoint is whole: bring the file back, then go on with --ckpt_path=auto."
-    )
 
 
 def open_split(path: str | Path, info: DatasetInfo, split: str, *, checksums: bool = False) -> list[OpenShard]:
@@ -239,19 +197,6 @@ def check_labels(labels: np.ndarray, num_classes: int, *, where: str) -> None:
             f"Got label {labels[bad[0]]} in row {bad[0]} of '{where}' ({len(bad)} such rows), expected labels in "
             f"[0, {top}): the data set names {num_classes} classes. Correct the labels or the class names."
         )
-
-
-def file_checksum(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def verify_checksums(path: str | Path, info: DatasetInfo, split: str) -> None:
