@@ -180,6 +180,36 @@ def test_nodes_that_do_not_share_the_folder_are_named(tmp_path, shared):
     assert not list(tmp_path.rglob(".*.shared"))
 
 
+SAME = """
+import sys
+import torch.distributed as dist
+from mf_lightning.callbacks.checkpoint import check_same_start
+from mf_lightning.types import UserError
+
+store, rank, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+try:
+    check_same_start(None if path == "none" else path)
+    print("same")
+except UserError as error:
+    print(error)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(("paths", "said"), [
+    (("a.ckpt", "a.ckpt"), "same"), (("none", "none"), "same"),
+    (("a.ckpt", "b.ckpt"), "a.ckpt on"), (("a.ckpt", "none"), "and from nothing on"),
+])  # fmt: skip
+def test_processes_resume_from_one_checkpoint(tmp_path, paths, said):
+    """A network file system may show a node an older link: all processes end, none waits for others."""
+    (tmp_path / "same.py").write_text(SAME)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(python, tmp_path / "same.py", tmp_path / "store", rank, path) for rank, path in enumerate(paths)]
+        lines = [job.result().stdout.strip() for job in jobs]
+    assert all(said in line and (said == "same" or "expected one checkpoint for all" in line) for line in lines), lines
+
+
 WRONG = {
     "a batch that processes do not divide": ([*DDP, "--data.init_args.batch_size=63"], "a global batch of 63 for 2 device(s)"),
     "a device that is not there": ([*DDP, "--trainer.accelerator=gpu"], "GPUs"),
