@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ class LatentSplit:
         self.shards = shards if self.remote else list(shards)
         counts = self.remote.counts if self.remote else [len(shard.labels) for shard in shards]
         self.starts = np.cumsum([0, *counts])
+        self.labels = None if self.remote else np.concatenate([np.zeros(0, np.int64), *(shard.labels for shard in shards)])
         self.has_flip = self.remote.has_flip if self.remote else all(shard.latents_flip is not None for shard in shards)
         self.rows = rows
         self._buffers = Buffers()
@@ -100,25 +100,22 @@ class LatentSplit:
             shard = self.shards[0]
             shard.check_files()
             np.asarray(shard.latents).take(rows, axis=0, out=latents, mode="clip")
-            labels[:] = np.asarray(shard.labels)[rows]
+            labels[:] = shard.labels[rows]
             return
-        order = np.argsort(rows)  # rows of a shard one after the other, in the order in which they lie
-        shard_of = np.searchsorted(self.starts, rows[order], side="right") - 1
-        bounds = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(rows)]
-        for first, end in pairwise(bounds):
-            number, places = int(shard_of[first]), order[first:end]
-            shard = self.shards[number]
+        shard_of = np.searchsorted(self.starts, rows, side="right") - 1
+        local = (rows - self.starts[shard_of]).tolist()
+        numbers = shard_of.tolist()
+        opened = {number: self.shards[number] for number in set(numbers)}
+        for shard in opened.values():
             shard.check_files()
-            local = rows[places] - self.starts[number]
-            labels[places] = np.asarray(shard.labels)[local]
-            plain = np.asarray(shard.latents)
-            if flip is None:
-                for place, row in zip(places.tolist(), local.tolist(), strict=True):
-                    latents[place] = plain[row]
-            else:
-                copies = (plain, np.asarray(shard.latents_flip))
-                for place, row, mirrored in zip(places.tolist(), local.tolist(), flip[places].tolist(), strict=True):
-                    latents[place] = copies[mirrored][row]
+        flat = {number: shard.flat for number, shard in opened.items()}
+        mirrored = [0] * len(rows) if flip is None else flip.astype(int).tolist()
+        stored = [flat[number][copy][row] for number, copy, row in zip(numbers, mirrored, local, strict=True)]
+        np.concatenate(stored, out=latents.reshape(-1))  # views of the maps: each row is copied once
+        if self.labels is None:
+            labels[:] = [opened[number].labels[row] for number, row in zip(numbers, local, strict=True)]
+        else:
+            labels[:] = self.labels[rows]
 
 
 class TrainLoader:

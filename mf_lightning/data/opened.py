@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +14,8 @@ import numpy as np
 
 from mf_lightning.types import UserError
 
+SPARE_FILES = 256
+"""Open files that everything else in the process may need."""
 AGAIN = "Prepare the data set again, or copy the file once more."
 
 
@@ -23,7 +27,15 @@ class OpenShard:
     labels: np.ndarray
     latents_flip: np.ndarray | None
     sizes: tuple[tuple[str, int], ...] = ()
-    """Its files and their sizes when it was opened; empty for one in memory or in the cache."""
+    """Its files of latents and their sizes when it was opened; empty for one in memory or in the cache."""
+
+    @cached_property
+    def flat(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Latents and mirrored latents with one flat row per sample, (n, C h w)."""
+        plain, mirrored = (
+            None if array is None else np.asarray(array).reshape(len(array), -1) for array in (self.latents, self.latents_flip)
+        )
+        return plain, mirrored
 
     def check_files(self) -> None:
         """Look whether all files are as long as when they were opened: to read behind a map's end kills the process, silently.
@@ -45,6 +57,27 @@ def _lost_file(file: str, what: str, size: int) -> UserError:
         f"Got '{file}', {what}, expected the {size:,} bytes that it had when it was opened: the data set was changed during "
         "the run. The last checkpoint is whole: bring the file back, then go on with --ckpt_path=auto."
     )
+
+
+def allow_open_files(more: int) -> None:
+    """Raise this process's limit of open files, by as many as needed: each memory map holds one, and 1024 is a common limit.
+
+    Args:
+        more: files that will be opened beside those that are open.
+
+    Raises:
+        UserError: the system's own limit is lower.
+    """
+    needed = len(os.listdir("/dev/fd")) + more + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"Got a limit of {hard:,} open files, expected at least {needed:,}: {more:,} of this data set stay open. Raise it "
+            "(`ulimit -Hn`), or encode into fewer, larger shards."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def open_array(file: Path, *, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 
 from mf_lightning.data.aside import write_aside
 from mf_lightning.data.checksum import file_checksum
-from mf_lightning.data.opened import OpenShard, open_array
+from mf_lightning.data.opened import OpenShard, allow_open_files, open_array
 from mf_lightning.types import UserError
 
 FORMAT = "mf_lightning latents"
@@ -153,7 +153,7 @@ def shard_file(path: str | Path, split: str, name: str, ending: str) -> Path:
 
 
 def open_split(path: str | Path, info: DatasetInfo, split: str, *, checksums: bool = False) -> list[OpenShard]:
-    """Return all shards of a split, memory-mapped, checked for size, header and label range.
+    """Return all shards of a split, checked for size, header and label range: latents memory-mapped, labels in memory.
 
     Args:
         path: the data set's directory.
@@ -168,6 +168,7 @@ def open_split(path: str | Path, info: DatasetInfo, split: str, *, checksums: bo
         raise UserError(f"Got the split '{split}', expected one that '{path}' holds: {', '.join(info.splits)}.")
     if checksums:
         verify_checksums(path, info, split)
+    allow_open_files((len(info.files) - 1) * len(info.splits[split]))
     shards = []
     for shard in info.splits[split]:
         stored = (shard.count, *info.stored_shape)
@@ -178,8 +179,8 @@ def open_split(path: str | Path, info: DatasetInfo, split: str, *, checksums: bo
         label_file = shard_file(path, split, shard.name, "labels")
         labels = open_array(label_file, shape=(shard.count,), dtype=np.dtype(np.int64))
         check_labels(labels, len(info.class_names), where=str(label_file))
-        opened = (latents("latents"), labels, latents("latents_flip") if info.flip else None)
-        files = [str(shard_file(path, split, shard.name, ending)) for ending in info.files]
+        opened = (latents("latents"), np.array(labels), latents("latents_flip") if info.flip else None)
+        files = [str(shard_file(path, split, shard.name, ending)) for ending in info.files if ending != "labels"]
         shards.append(OpenShard(*opened, tuple((file, os.stat(file).st_size) for file in files)))
     return shards
 
