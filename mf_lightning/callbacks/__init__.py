@@ -9,7 +9,8 @@ from mf_lightning.callbacks.liveness import Liveness
 from mf_lightning.callbacks.preemption import Preempted, Preemption
 from mf_lightning.callbacks.run_summary import RunSummary
 from mf_lightning.callbacks.sample_eval import SampleEval
-from mf_lightning.callbacks.sample_grid import SampleGrid, SampleWriter
+from mf_lightning.callbacks.sample_grid import SampleGrid
+from mf_lightning.callbacks.sample_writer import SampleWriter
 from mf_lightning.callbacks.self_check import SelfCheck
 from mf_lightning.callbacks.spikes import SpikeLog
 from mf_lightning.callbacks.training_bar import TrainingBar
