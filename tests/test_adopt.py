@@ -7,6 +7,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,12 @@ from mf_lightning.data.foreign.mar import NumbersUnpickler
 from mf_lightning.data.shards import open_split, read_info
 from mf_lightning.tools import adopt as tool
 from mf_lightning.tools.adopt import adopt
+from mf_lightning.tools.encode_out import EncodeOut
+from mf_lightning.tools.hold import Hold
 from mf_lightning.tools.verify import verify
 from mf_lightning.types import UserError
 from tests import foreign_latents as foreign
-from tests.runs import python
+from tests.runs import ROOT, python
 
 FACTS = {"autoencoder": "toy", "scale": 0.5, "shift": 0.25, "image_size": 32}
 LAYOUTS = {  # name: kind, writer, options that the files do not tell
@@ -242,7 +246,7 @@ def test_interrupted_and_started_again_gives_the_same_bytes(layout, tmp_path, mo
     assert calls[3] == 2
 
 
-@pytest.mark.parametrize("fsync", [2, 6])
+@pytest.mark.parametrize("fsync", [1, 2, 6])
 def test_killed_in_the_middle_of_a_write(fsync, tmp_path):
     adopted("repa", tmp_path, shard_size=3)
     killed = f"""
@@ -318,6 +322,53 @@ def test_another_adoption_does_not_go_on_with_this_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unfinished adoption of another splits"):
         adopt("repa", tmp_path / "theirs", tmp_path / "ours", classes="3")
     assert files_of(tmp_path / "ours") == before
+
+
+def test_two_jobs_at_one_folder(tmp_path):
+    adopted("repa", tmp_path, shard_size=3)
+    slow = """
+import time
+from pathlib import Path
+from mf_lightning.tools import adopt as tool
+write = tool.write_shard
+def write_shard(*args, **kwargs):
+    shard = write(*args, **kwargs)
+    if args[2] == 1:
+        print("here", flush=True)
+        time.sleep(600)
+    return shard
+tool.write_shard = write_shard
+tool.adopt("repa", Path("theirs"), Path("again"), classes="3", shard_size=3)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([sys.executable, "-c", slow], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"here\n"
+        before = files_of(tmp_path / "again")
+        with pytest.raises(UserError, match=r"OUT = '.*again', at which another job is working, expected one at a time"):
+            adopt("repa", tmp_path / "theirs", tmp_path / "again", classes="3", shard_size=3)
+        with pytest.raises(UserError, match=r"holds '\.adopt'"):
+            EncodeOut(tmp_path / "again").begin({})
+        assert files_of(tmp_path / "again") == before
+    finally:
+        first.kill()
+        first.communicate()
+    adopt("repa", tmp_path / "theirs", tmp_path / "again", classes="3", shard_size=3)
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "ours")
+
+
+def test_two_commands_that_begin_at_once(tmp_path):
+    foreign.write_repa(tmp_path / "theirs")
+    hold = Hold(tmp_path / "ours")
+    for begin in (
+        lambda: adopt("repa", tmp_path / "theirs", tmp_path / "ours", classes="3"),
+        lambda: EncodeOut(tmp_path / "ours").begin({}),
+    ):
+        with pytest.raises(UserError, match="at which another job is working"):
+            begin()
+    hold.release()
+    assert not list((tmp_path / "ours").iterdir())
+    adopt("repa", tmp_path / "theirs", tmp_path / "ours", classes="3")
 
 
 # what is refused
@@ -527,6 +578,66 @@ def test_facts_that_are_missing(tmp_path):
     refused("lightningdit", tmp_path, "Got --holds latents for the kind lightningdit", holds="latents")
 
 
+@EACH
+def test_links_out_of_the_folder_are_taken_on_request_only(layout, tmp_path):
+    kind, write, facts = LAYOUTS[layout]
+    truth, outside = write(tmp_path / "theirs"), tmp_path / "outside"
+    file = first_file(tmp_path / "theirs")
+    moved = file.parent if layout in ("repa", "mar") else file  # these have folders below the one that is read
+    moved.rename(outside)
+    moved.symlink_to(outside)
+    refused(layout, tmp_path, rf"symbolic link '.*{moved.name}' to '{outside}', expected only links within .*follow_links=true")
+    assert not (tmp_path / "ours").exists()
+    adopt(kind, tmp_path / "theirs", tmp_path / "ours", follow_links=True, **facts)
+    assert (content(tmp_path / "ours")[2] == truth.labels).all()
+
+
+@pytest.mark.parametrize(("layout", "name"), [("repa", "vae-sd"), ("meanflow", "train"), ("npy", "b_labels.npy")])
+def test_links_of_what_belongs_to_a_layout(layout, name, tmp_path):
+    kind, write, facts = LAYOUTS[layout]
+    write(tmp_path / "theirs")
+    (tmp_path / "theirs" / name).rename(tmp_path / "outside")
+    (tmp_path / "theirs" / name).symlink_to(tmp_path / "outside")
+    refused(layout, tmp_path, rf"symbolic link '.*{name}' to '{tmp_path / 'outside'}'")
+    (tmp_path / "theirs" / name).unlink()
+    (tmp_path / "theirs" / name).symlink_to(tmp_path / "theirs")
+    if layout == "repa":
+        refused(layout, tmp_path, "a circle", follow_links=True)
+    (tmp_path / "theirs" / name).unlink()
+    (tmp_path / "outside").rename(tmp_path / "theirs" / f"real_{name}")
+    (tmp_path / "theirs" / name).symlink_to(f"real_{name}")
+    (tmp_path / "link").symlink_to("theirs")  # SOURCE itself may be one
+    adopt(kind, tmp_path / "link", tmp_path / "ours", **facts)
+
+
+@EACH
+def test_hidden_files_and_folders_are_no_samples(layout, tmp_path):
+    truth = LAYOUTS[layout][1](tmp_path / "theirs")
+    file = first_file(tmp_path / "theirs")
+    if layout != "lmdb":
+        (file.parent / f"._{file.name}").write_bytes(b"Mac OS X")
+    (tmp_path / "theirs" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(file, tmp_path / "theirs" / ".ipynb_checkpoints" / file.name)
+    adopt(LAYOUTS[layout][0], tmp_path / "theirs", tmp_path / "ours", **LAYOUTS[layout][2])
+    assert (content(tmp_path / "ours")[2] == truth.labels).all()
+
+
+def test_a_class_folder_without_files_would_shift_the_labels(tmp_path):
+    foreign.write_mar(tmp_path / "theirs")
+    (tmp_path / "theirs" / "n01440000_old").mkdir()
+    refused("mar", tmp_path, r"class folder '.*n01440000_old' without an .npz file \(1 such folders\), expected some in each")
+
+
+def test_classes_without_samples_are_told(tmp_path, capsys):
+    adopted("repa", tmp_path, classes="5")
+    assert "warning: only 3 of 5 classes have samples; is --classes right?" in capsys.readouterr().out
+    foreign.write_meanflow(tmp_path / "one", count=1)
+    adopt("meanflow", tmp_path / "one", tmp_path / "ours_of_one", classes="3")
+    assert "warning: all samples are of one class" in capsys.readouterr().out
+    adopt("meanflow", tmp_path / "one", tmp_path / "ours_without", classes="0")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_destination_in_use(tmp_path):
     adopted("repa", tmp_path)
     before = files_of(tmp_path / "ours")
@@ -540,6 +651,9 @@ def test_a_destination_in_use(tmp_path):
     with pytest.raises(UserError, match="which holds other files"):
         adopt("repa", tmp_path / "theirs", tmp_path / "notes", classes="3")
     assert files_of(tmp_path / "notes") == {"thesis.txt": b"mine"}
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"Got OUT = '.*file', which is a file, expected a new or empty folder"):
+        adopt("repa", tmp_path / "theirs", tmp_path / "file", classes="3")
     with pytest.raises(UserError, match="inside of"):
         adopt("repa", tmp_path / "theirs", tmp_path / "theirs" / "ours", classes="3")
 

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import tempfile
+import threading
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -11,11 +15,13 @@ from PIL import Image
 
 from mf_lightning.__main__ import main
 from mf_lightning.autoencoders import KLAutoencoder
+from mf_lightning.data import remote
 from mf_lightning.data.datamodule import LatentDataModule
 from mf_lightning.data.shards import DatasetInfo, file_checksum, read_info, write_info, write_shard
 from mf_lightning.draws import Stream
 from mf_lightning.pixels import from_uint8, to_uint8
-from mf_lightning.tools import verify as tool
+from mf_lightning.tools import reading
+from mf_lightning.tools.reading import DataFiles
 from mf_lightning.tools.stats import latent_moments, stats
 from mf_lightning.tools.verify import verify
 from mf_lightning.types import UserError
@@ -67,7 +73,7 @@ def test_a_whole_set(tmp_path, capsys):
         "moments of shape (2, 4, 4), float16, with mirrored copies, of 8 pixels, made by toy@01; scale 0.5, shift 1.0"
         in printed
     )
-    assert "train: 8 samples in 2 shard(s), 2 to 3 per class, values from" in printed
+    assert "train: 8 samples in 2 shard(s), 2 to 3 per class in 3 classes, values from" in printed
     assert "checksums good, values all finite" in printed
 
 
@@ -87,7 +93,7 @@ def set_value(index, value):
 )
 def test_wrong_values_with_a_right_checksum(name, change, match, tmp_path, monkeypatch):
     write_set(tmp_path)
-    monkeypatch.setattr(tool, "BLOCK", 200)  # rows are numbered across blocks
+    monkeypatch.setattr(reading, "BLOCK", 200)  # rows are numbered across blocks
     rewrite(tmp_path / "train" / name, change)
     resign(tmp_path, tmp_path / "train" / name)
     with pytest.raises(UserError, match=r"1 damaged file\(s\).*" + match):
@@ -177,6 +183,125 @@ def test_the_grid_asks_for_the_right_autoencoder(tmp_path):
         verify(tmp_path, autoencoder="pixel")
 
 
+def test_what_is_wrong_with_the_grid_is_told_before_all_is_read(tmp_path, capsys):
+    write_set(tmp_path, autoencoder="pixel", channels=3)
+    for options, match in (
+        ({"grid": tmp_path / "grid.jpg"}, r"ends in \.png"),
+        ({"grid": tmp_path / "grid.png", "autoencoder": DIGITS}, "expected pixel"),
+    ):
+        with pytest.raises(UserError, match=match):
+            verify(tmp_path, **options)
+        assert "train:" not in capsys.readouterr().out
+
+
+def test_classes_are_counted(tmp_path, capsys):
+    info = write_set(tmp_path)
+    write_info(tmp_path, replace(info, class_names=("a", "b", "c", "d", "e")))
+    verify(tmp_path)
+    assert "0 to 3 per class, 2 of 5 classes without a sample" in capsys.readouterr().out
+    write_set(tmp_path / "empty", counts=(0,))
+    verify(tmp_path / "empty")
+    assert "0 samples in 1 shard(s), 0 to 0 per class, 3 of 3 classes without a sample, no values" in capsys.readouterr().out
+    latents = np.ones((2, 2, 4, 4), np.float16)
+    shard = write_shard(tmp_path / "plain", "train", 0, latents=latents, labels=np.zeros(2, int))
+    plain = replace(info, kind="latents", flip=False, class_names=(), splits={"train": (shard,)})
+    write_info(tmp_path / "plain", plain)
+    verify(tmp_path / "plain")
+    assert "2 samples in 1 shard(s), without classes, values from 1 to 1" in capsys.readouterr().out
+
+
+# behind a URL
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(params=["file", "memory", "http"])
+def url(request, tmp_path, monkeypatch):
+    """Return the URL at which what a test has written to tmp_path/set can be read."""
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.01)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if request.param == "file":
+        yield lambda: f"file://{folder}"
+    elif request.param == "memory":
+        import fsspec
+
+        def upload() -> str:
+            fsspec.filesystem("memory").put(f"{folder}/", f"/{tmp_path.name}/", recursive=True)
+            return f"memory://{tmp_path.name}"
+
+        yield upload
+    else:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+        server.daemon_threads = True
+        threading.Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
+        yield lambda: f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("counts", [(5, 3), (2,) * 12])
+def test_a_url_says_what_its_directory_says(counts, url, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "aside"))
+    (tmp_path / "aside").mkdir()
+    write_set(tmp_path / "set", autoencoder="pixel", channels=3, counts=counts)
+    told, place = [], url()
+    for path, grid in ((str(tmp_path / "set"), "near.png"), (place, "far.png")):
+        main(["verify", path, "--grid", str(tmp_path / grid)])
+        main(["stats", path, "--json"])
+        told.append(capsys.readouterr().out.replace(path, "PATH").replace(grid, "GRID"))
+    assert told[0] == told[1]
+    assert "checksums good" in told[1]
+    assert (tmp_path / "near.png").read_bytes() == (tmp_path / "far.png").read_bytes()
+    assert not list((tmp_path / "aside").iterdir()), "what was fetched is not kept"
+
+
+def test_every_damaged_file_behind_a_url_is_named(url, tmp_path, capsys):
+    write_set(tmp_path / "set")
+    folder = tmp_path / "set" / "train"
+    altered = bytearray((folder / "00000.latents_flip.npy").read_bytes())
+    altered[-1] ^= 1
+    (folder / "00000.latents_flip.npy").write_bytes(altered)
+    (folder / "00000.latents.npy").write_bytes((folder / "00000.latents.npy").read_bytes()[:-200])
+    (folder / "00001.labels.npy").unlink()
+    rewrite(folder / "00001.latents.npy", set_value((2, 0, 1, 1), np.nan))
+    resign(tmp_path / "set", folder / "00001.latents.npy")
+    place = url()
+    with pytest.raises(UserError, match=r"Got 4 damaged file\(s\)"):
+        verify(place, fetch_retries=1)
+    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  damaged: ")]
+    assert len(named) == 4
+    for name, what in (
+        ("00000.latents_flip.npy", "Got checksum"),
+        ("00000.latents.npy", "Got no whole"),
+        ("00001.labels.npy", "Got no file"),
+        ("00001.latents.npy", "not finite"),
+    ):
+        (line,) = [line for line in named if f"{place.rstrip('/')}/train/{name}" in line]
+        assert what in line
+        assert "data.init_args" not in line
+    with pytest.raises(UserError, match=r"Got no whole '.*00000\.latents\.npy' in 1 attempts.*raise --fetch_retries"):
+        stats(place, fetch_retries=0)
+
+
+def test_urls_that_cannot_be_read(url, tmp_path):
+    for command in (verify, stats):
+        with pytest.raises(UserError, match=r"Got no file '.*dataset\.json'.* Correct the URL, or upload it again"):
+            command(url())
+        with pytest.raises(UserError, match="a protocol that fsspec knows"):
+            command("nonsense://set")
+        with pytest.raises(UserError, match="Got --fetch_retries -1"):
+            command(url(), fetch_retries=-1)
+        write_set(tmp_path / "near")
+        with pytest.raises(UserError, match="Got --storage_options for the directory"):
+            command(str(tmp_path / "near"), storage_options={"anon": True})
+
+
 # stats
 
 
@@ -199,8 +324,8 @@ def sampled(path, info: DatasetInfo, *, draws: int) -> tuple[np.ndarray, np.ndar
 @pytest.mark.parametrize("flip", [True, False])
 def test_stats_are_those_of_sampled_latents(kind, flip, tmp_path, monkeypatch):
     info = write_set(tmp_path, kind=kind, flip=flip, counts=(30, 1, 20), channels=3, seed=4)
-    monkeypatch.setattr(tool, "BLOCK", 700)
-    found = latent_moments(tmp_path, info, "train")
+    monkeypatch.setattr(reading, "BLOCK", 700)
+    found = latent_moments(DataFiles(tmp_path), "train")
     mean, std = sampled(tmp_path, info, draws=400 if kind == "moments" else 1)
     exact = kind == "latents"
     assert found.mean == pytest.approx(mean, abs=1e-6 if exact else 0.01)
@@ -213,16 +338,16 @@ def test_stats_keep_small_spread_on_a_large_mean(tmp_path):
     shard = write_shard(tmp_path, "train", 0, latents=latents, labels=np.zeros(2, int))
     info = DatasetInfo("latents", (1, 4, 4), "float32", False, "toy", 1.0, 0.0, 8, (), {"train": (shard,)})
     write_info(tmp_path, info)
-    assert latent_moments(tmp_path, info, "train").std[0] == pytest.approx(latents.astype(float).std(), rel=1e-12)
+    assert latent_moments(DataFiles(tmp_path), "train").std[0] == pytest.approx(latents.astype(float).std(), rel=1e-12)
 
 
 def test_stats_as_json(tmp_path, capsys):
-    info = write_set(tmp_path, channels=2)
+    write_set(tmp_path, channels=2)
     main(["stats", str(tmp_path), "--json"])
     printed = capsys.readouterr().out.splitlines()
     body = json.loads(printed[-1])
     assert all(isinstance(value, (int, float)) for value in body.values())
-    found = latent_moments(tmp_path, info, "train")
+    found = latent_moments(DataFiles(tmp_path), "train")
     assert [body["std_0"], body["std_1"]] == pytest.approx(list(found.std))
     assert body["samples"] == 8
     data = np.concatenate([found.mean - body["mean"], found.std])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,31 +13,25 @@ from tqdm import tqdm
 
 from mf_lightning.data.aside import write_aside
 from mf_lightning.data.checksum import file_checksum
-from mf_lightning.data.foreign import Holds, Source, open_source
+from mf_lightning.data.foreign import Holds, open_source
 from mf_lightning.data.foreign.moments import to_stored
 from mf_lightning.data.shards import (
     INFO_FILE,
     DatasetInfo,
     ShardInfo,
     check_labels,
+    read_info,
     shard_file,
     write_info,
     write_shard,
 )
+from mf_lightning.tools.adopt_plan import Part, describe, make_parts
+from mf_lightning.tools.hold import Hold, is_left_over
 from mf_lightning.types import UserError
 
 PROGRESS = ".adopt"
 """Folder in OUT of an unfinished adoption: what is being adopted, and which shards are whole."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One split to write."""
-
-    split: str
-    source: Source
-    order: np.ndarray
-    """Numbers of the source's samples, in the order of writing."""
+PLAN = f"{PROGRESS}/plan.json"
 
 
 def adopt(
@@ -55,6 +49,7 @@ def adopt(
     dtype: Literal["float16", "float32"] | None = None,
     shard_size: int = 3200,
     shuffle_seed: int | None = None,
+    follow_links: bool = False,
 ) -> None:
     """Write a data set of latents that another project made; killed and started again it goes on with the next shard.
 
@@ -76,6 +71,7 @@ def adopt(
         dtype: to store; without it that of the files (bfloat16 becomes float32).
         shard_size: samples per shard; about three times a shard's size is in memory.
         shuffle_seed: mixes the samples, which are else in the order of their names, class by class; worth it for streaming.
+        follow_links: also take what symbolic links out of a folder point to.
 
     Raises:
         UserError: files of another kind, damaged or unlike each other, facts that are missing, or an ``out`` that is in use.
@@ -85,136 +81,48 @@ def adopt(
             f"Got --shard_size {shard_size}, --shuffle_seed {shuffle_seed}, --val_source {val_source}, --val_fraction "
             f"{val_fraction}, expected a size of at least 1, a seed of at least 0, and one of the last two. Correct them."
         )
-    if (out / INFO_FILE).exists() and not (out / PROGRESS).exists():
-        raise UserError(f"Got OUT = '{out}', which already holds a data set, expected a new folder. Give another one.")
+    _check_out(out)
     for folder in filter(None, (source, val_source)):
         if out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"Got OUT = '{out}' inside of '{folder}', expected a folder outside of it. Give another one.")
-    train = open_source(kind, source, holds)
-    parts = _parts(train, open_source(kind, val_source, holds) if val_source else None, val_fraction, shuffle_seed)
-    facts = _facts(kind, train, autoencoder, scale, shift, image_size)
-    info = DatasetInfo(
-        kind="latents" if train.holds == "latents" else "moments",
-        latent_shape=_latent_shape(train),
-        dtype=str(np.dtype(dtype) if dtype else _dtype(train)),
-        flip=train.flip,
-        class_names=_class_names(train, classes),
-        **facts,
-    )
+    train = open_source(kind, source, holds, follow_links)
+    val = open_source(kind, val_source, holds, follow_links) if val_source else None
+    parts = make_parts(train, val, val_fraction, shuffle_seed)
+    info = describe(kind, train, autoencoder, scale, shift, image_size, classes, dtype)
     plan = {"layout": kind, "shard_size": shard_size, "shuffle_seed": shuffle_seed, "holds": train.holds, **asdict(info)}
     plan["splits"] = {part.split: [len(part.order), part.source.fingerprint()] for part in parts}
-    _claim(out, plan)
-    if not (out / INFO_FILE).exists():
-        splits = {part.split: _write(out, part, info, shard_size) for part in parts}
-        info = DatasetInfo(**{**info.__dict__, "splits": splits})
-        _guard(lambda: write_info(out, info), out / INFO_FILE)
-    shutil.rmtree(out / PROGRESS)
-    _report(out, parts, info)
+    hold = _guard(lambda: Hold(out), out)
+    try:
+        _claim(out, plan)
+        if not (out / INFO_FILE).exists():
+            splits = {part.split: _write(out, part, info, shard_size) for part in parts}
+            _guard(lambda: write_info(out, replace(info, splits=splits)), out / INFO_FILE)
+        shutil.rmtree(out / PROGRESS)
+    finally:
+        hold.release()
+    _report(out, read_info(out))
 
 
-def _parts(train: Source, val: Source | None, val_fraction: float, shuffle_seed: int | None) -> list[Part]:
-    orders = [np.arange(len(train))]
-    if val is not None:
-        for what in ("shape", "dtype", "flip", "class_names"):
-            if getattr(val, what) != getattr(train, what):
-                raise UserError(
-                    f"Got {what} = {getattr(val, what)} in --val_source, expected {getattr(train, what)} as in SOURCE. Give "
-                    "the validation latents of the same preparation."
-                )
-        orders.append(np.arange(len(val)))
-    elif val_fraction:
-        count = round(val_fraction * len(train))
-        if not 0 < count < len(train):
-            raise UserError(
-                f"Got --val_fraction {val_fraction} of {len(train):,} samples, which leaves {count:,} for validation, expected "
-                "some for each split. Give another share."
-            )
-        held_out = np.zeros(len(train), bool)
-        held_out[np.random.default_rng(0).permutation(len(train))[:count]] = True
-        orders = [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
-    if shuffle_seed is not None:
-        orders = [np.random.default_rng(shuffle_seed).permutation(order) for order in orders]
-    return [Part(*one) for one in zip(("train", "val"), (train, val or train), orders, strict=False)]
-
-
-def _facts(
-    kind: str, source: Source, autoencoder: str | None, scale: float | None, shift: float | None, image_size: int | None
-) -> dict[str, Any]:
-    """Return what the files do not tell: from the options, from the autoencoder, or from the project's preparation."""
-    known, factor = {}, None
-    if autoencoder is None and source.facts is not None:
-        facts = source.facts
-        known, factor = {"autoencoder": facts.autoencoder, "scale": facts.scale, "shift": facts.shift}, facts.factor
-    elif autoencoder == "pixel":
-        known, factor = {"autoencoder": "pixel", "scale": 1.0, "shift": 0.0}, 1
-    elif autoencoder is not None and (Path(autoencoder).is_dir() or autoencoder.startswith("mf_lightning:")):
-        from mf_lightning.autoencoders import KLAutoencoder
-
-        loaded = KLAutoencoder(autoencoder)
-        known = {"autoencoder": loaded.id, "scale": loaded.scale, "shift": loaded.shift}
-        factor = 2 ** (len(loaded.net.config.block_out_channels) - 1)
-    elif autoencoder is not None:
-        known = {"autoencoder": autoencoder}
-    if factor is not None:
-        known["image_size"] = factor * source.shape[-2]
-    asked = {"scale": scale, "shift": shift, "image_size": image_size}
-    known |= {key: value for key, value in asked.items() if value is not None}
-    missing = [f"--{key}" for key in ("autoencoder", *asked) if key not in known]
-    if missing:
+def _check_out(out: Path) -> None:
+    """Refuse what is no new or empty folder, and no unfinished adoption."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"Got OUT = '{out}', which is a file, expected a new or empty folder. Give another one.")
+    if (out / PLAN).is_file() or not out.exists():
+        return
+    if (out / INFO_FILE).exists():
+        raise UserError(f"Got OUT = '{out}', which already holds a data set, expected a new folder. Give another one.")
+    others = sorted(entry.name for entry in out.iterdir() if entry.name != PROGRESS and not is_left_over(entry))
+    if others:
         raise UserError(
-            f"Got the kind {kind} with --autoencoder {autoencoder}, expected {', '.join(missing)} as well: the files do not "
-            "tell. Give them, or give a local directory of the autoencoder in diffusers' layout, which tells them."
+            f"Got OUT = '{out}', which holds other files ({others[0]!r}), expected a new or empty folder. Give another one."
         )
-    return known
-
-
-def _latent_shape(source: Source) -> tuple[int, int, int]:
-    channels, height, width = source.shape
-    if source.holds == "latents":
-        return channels, height, width
-    if channels % 2:
-        raise UserError(
-            f"Got {channels} channels in {source.name(0)}, expected an even number: mean and spread of each. Check KIND."
-        )
-    return channels // 2, height, width
-
-
-def _dtype(source: Source) -> np.dtype:
-    if source.dtype == np.float64:
-        raise UserError(
-            f"Got float64 in {source.name(0)}, expected a choice of what to store. Give --dtype float32 or float16."
-        )
-    return source.dtype
-
-
-def _class_names(source: Source, classes: str | None) -> tuple[str, ...]:
-    if classes is None:
-        if source.class_names is None:
-            raise UserError(
-                "Got no --classes, expected the number of classes (1000 for ImageNet), 0 for none, or a file with one name per "
-                "line: the files do not tell."
-            )
-        return source.class_names
-    if classes.isdecimal():
-        names = tuple(map(str, range(int(classes))))
-    elif Path(classes).is_file():
-        names = tuple(line.strip() for line in Path(classes).read_text().splitlines() if line.strip())
-    else:
-        raise UserError(f"Got --classes {classes}, expected a number, or a file with one class name per line.")
-    if source.class_names is not None and len(names) != len(source.class_names):
-        raise UserError(
-            f"Got --classes with {len(names):,} names, expected {len(source.class_names):,}, one for each class folder. Leave "
-            "--classes out to take the folders' names."
-        )
-    return names
 
 
 def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Take a new or empty folder, or one where this very adoption was cut off."""
-    file = out / PROGRESS / "plan.json"
+    """Begin, or go on where this very adoption was cut off."""
+    file = out / PLAN
     text = json.dumps(plan, indent=1, default=str) + "\n"
-    if out.is_dir() and any(out.iterdir()) and not file.is_file():
-        raise UserError(f"Got OUT = '{out}', which holds other files, expected a new or empty folder. Give another one.")
+    _check_out(out)  # once more: another job may have been here meanwhile
     if not file.is_file():
         _guard(lambda: write_aside(file, text.encode()), file)
     elif file.read_text() != text:
@@ -282,15 +190,23 @@ def _guard(write, what: Path):
         ) from error
 
 
-def _report(out: Path, parts: list[Part], info: DatasetInfo) -> None:
-    counts = ", ".join(f"{len(part.order):,} {part.split}" for part in parts)
+def _report(out: Path, info: DatasetInfo) -> None:
+    counts = ", ".join(f"{info.count(split):,} {split}" for split in info.splits)
     flip = " and mirrored copies" if info.flip else ""
     print(
         f"Wrote {counts} samples to {out}: {info.kind}{flip} of shape {info.latent_shape}, {info.dtype}, "
         f"{len(info.class_names):,} classes\n"
         f"autoencoder {info.autoencoder}, scale {info.scale}, shift {info.shift}, images of {info.image_size} pixels"
     )
-    if len(parts) == 1:
+    if info.class_names:
+        labels = (np.load(shard_file(out, "train", shard.name, "labels")) for shard in info.splits["train"])
+        present = len(np.unique(np.concatenate(list(labels))))
+        if present == 1:
+            print("warning: all samples are of one class; are these the right labels?")
+        elif present < len(info.class_names):
+            print(f"warning: only {present:,} of {len(info.class_names):,} classes have samples; is --classes right?")
+    if len(info.splits) == 1:
         print(
             'There is no split "val": hold some out when training (data.init_args.subset), or adopt again with --val_fraction.'
         )
+    print(f"Look at it with `python -m mf_lightning verify {out}`")

@@ -9,7 +9,6 @@ OUT/reference.npz                     statistics of the training split's cropped
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import shutil
@@ -23,6 +22,7 @@ import numpy as np
 
 from mf_lightning.data.aside import write_aside
 from mf_lightning.data.shards import INFO_FILE, DatasetInfo, ShardInfo, shard_file, write_info, write_shard
+from mf_lightning.tools.hold import Hold, is_left_over
 from mf_lightning.types import UserError
 
 SETTINGS_FILE = "encode.json"
@@ -84,15 +84,11 @@ class EncodeOut:
         file, info = self.path / SETTINGS_FILE, self.path / INFO_FILE
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"Got OUT = '{self.path}', which is a file, expected a new or empty folder. Give another.")
+        self._refuse_others()
+        if not info.exists():
+            self._take_hold()
+            self._refuse_others()  # once more: another job may have begun meanwhile
         if not file.exists():
-            if info.exists():
-                raise UserError(f"Got OUT = '{self.path}', which holds another data set, expected a new folder. Give another.")
-            here = [entry for entry in self.path.glob("*") if not _left_over(entry)]
-            first = min(here, default=None)
-            if first is not None:
-                raise UserError(
-                    f"Got OUT = '{self.path}', which holds {first.name!r}, expected a new or empty folder. Give another."
-                )
             self._write(file, json.dumps(settings, indent=1).encode() + b"\n")
         begun = json.loads(file.read_text())
         differ = [key for key in {**begun, **settings} if begun.get(key) != settings.get(key)]
@@ -102,28 +98,30 @@ class EncodeOut:
                 f"Got {got} for OUT = '{self.path}', expected {expected}, with which it was begun. Give the same settings and "
                 "images, or another OUT."
             )
-        if not info.exists():
-            self._hold()
         for entry in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            if _left_over(entry):
+            if is_left_over(entry):
                 entry.unlink()
         if info.exists():
             shutil.rmtree(self.aside, ignore_errors=True)
         return info.exists()
 
-    def _hold(self) -> None:
-        """Keep other jobs out for as long as this process lives, where the file system can."""
-        self.aside.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.aside / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    def _refuse_others(self) -> None:
+        """Refuse a folder that holds something and was not begun by this command."""
+        if (self.path / SETTINGS_FILE).exists():
+            return
+        if (self.path / INFO_FILE).exists():
+            raise UserError(f"Got OUT = '{self.path}', which holds another data set, expected a new folder. Give another.")
+        first = min((entry for entry in self.path.glob("*") if not is_left_over(entry)), default=None)
+        if first is not None:
             raise UserError(
-                f"Got OUT = '{self.path}', at which another job is working, expected one (of many processes, with "
-                "torchrun). Wait for it, or stop it."
-            ) from error
+                f"Got OUT = '{self.path}', which holds {first.name!r}, expected a new or empty folder. Give another."
+            )
+
+    def _take_hold(self) -> None:
+        try:
+            self._hold = Hold(self.path)
         except OSError as error:
-            print(f"note: {self.path} is on a file system without locks ({error.strerror}); start only one job at it")
+            raise self._lost(error) from error
 
     def _name(self, split: str, number: int) -> Path:
         return self.aside / f"{split}-{number:05d}.json"
@@ -222,6 +220,7 @@ class EncodeOut:
         except OSError as error:
             raise self._lost(error) from error
         shutil.rmtree(self.aside, ignore_errors=True)
+        self._hold.release()
         return counts
 
     def _reference(self, shards: int, about: dict[str, Any]) -> bytes:
@@ -239,11 +238,6 @@ class EncodeOut:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         return buffer.getvalue()
-
-
-def _left_over(entry: Path) -> bool:
-    """Tell whether a file is one that a killed process of ours was writing."""
-    return entry.name.startswith(".") and entry.suffix == ".tmp"
 
 
 def _arrays(files: list[Path]) -> Iterator[np.ndarray]:

@@ -14,6 +14,7 @@ from mf_lightning.autoencoders import KLAutoencoder, PixelAutoencoder
 from mf_lightning.data.images import ImageSource, open_images
 from mf_lightning.data.shards import DatasetInfo
 from mf_lightning.tools.encode_shards import SplitPlan
+from mf_lightning.tools.held_out import hold_out
 from mf_lightning.types import UserError
 
 
@@ -82,15 +83,8 @@ def make_splits(
         plans = [SplitPlan("train", images, everything, images.labels)]
         plans.append(SplitPlan("val", val, np.arange(len(val)), _same_classes(val, images)))
     elif val_fraction:
-        count = round(val_fraction * len(images))
-        if not 0 < count < len(images):
-            raise UserError(
-                f"Got --val_fraction={val_fraction} of {len(images):,} image(s), which leaves {count} for validation, expected "
-                "some for each split. Give another share."
-            )
-        chosen = np.random.default_rng(0).permutation(len(images))
-        parts = {"train": np.sort(chosen[count:]), "val": np.sort(chosen[:count])}
-        plans = [SplitPlan(name, images, samples, images.labels[samples]) for name, samples in parts.items()]
+        parts = zip(("train", "val"), hold_out(len(images), val_fraction), strict=True)
+        plans = [SplitPlan(name, images, samples, images.labels[samples]) for name, samples in parts]
     else:
         plans = [SplitPlan("train", images, everything, images.labels)]
     return plans if shuffle_seed is None else [_shuffled(plan, shuffle_seed) for plan in plans]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from mf_lightning.data.shards import DatasetInfo, open_split, read_info
-from mf_lightning.tools.verify import blocks
+from mf_lightning.tools.reading import DataFiles, blocks
 from mf_lightning.types import UserError
 
 
@@ -36,21 +35,33 @@ class Moments:
         return np.sqrt(self.squares / self.count)
 
 
-def stats(path: str | Path, split: str = "train", json: bool = False) -> None:
+def stats(
+    path: str,
+    split: str = "train",
+    json: bool = False,
+    storage_options: dict[str, Any] | None = None,
+    fetch_retries: int = 5,
+    fetch_timeout: float = 60.0,
+) -> None:
     """Print mean and standard deviation of each channel of the unscaled latents, and what scale and shift would make them unit.
 
     Moments are not sampled: the variance of a draw is E[std^2] + Var[mean]. Mirrored copies count as samples.
 
     Args:
-        path: the data set's directory.
+        path: the data set's directory, or its URL in any protocol of fsspec (s3://, gs://, hf://, https://, file://), whose
+            files are fetched one after the other and not kept.
         split: which rows.
         json: also print one flat JSON object as the last line: samples, mean and std over all channels, mean_0, std_0, ...
+        storage_options: of the URL's file system, as fsspec takes them.
+        fetch_retries: how often a file is fetched again after a failure.
+        fetch_timeout: seconds without progress after which a connection is given up.
 
     Raises:
         UserError: an unknown split, an empty or damaged one.
     """
-    info = read_info(path)
-    moments = latent_moments(path, info, split)
+    files = DataFiles(path, storage_options, retries=fetch_retries, timeout=fetch_timeout)
+    info = files.info
+    moments = latent_moments(files, split)
     overall_mean = float(moments.mean.mean())
     overall_std = float(np.sqrt((moments.std**2 + (moments.mean - overall_mean) ** 2).mean()))
     copies = " and mirrored copies" if info.flip else ""
@@ -66,25 +77,28 @@ def stats(path: str | Path, split: str = "train", json: bool = False) -> None:
         print(_flat(info.count(split), overall_mean, overall_std, moments))
 
 
-def latent_moments(path: str | Path, info: DatasetInfo, split: str) -> Moments:
+def latent_moments(files: DataFiles, split: str) -> Moments:
     """Return mean and spread of each channel of a split's sampled latents, block by block."""
-    channels = info.latent_shape[0]
+    info, channels = files.info, files.info.latent_shape[0]
+    endings = [ending for ending in info.files if ending != "labels"]
     total = Moments(0, np.zeros(channels), np.zeros(channels))
-    for shard in tqdm(open_split(path, info, split), desc=f"Reading {split}", unit="shard", disable=None, leave=False):
-        for array in filter(lambda copy: copy is not None, (shard.latents, shard.latents_flip)):
-            for _, block in blocks(array):
-                mean = block[:, :channels].astype(np.float64)
-                count, axes = mean.size // channels, (0, 2, 3)
-                center = mean.mean(axis=axes)
-                squares = ((mean - center[:, None, None]) ** 2).sum(axis=axes)
-                if info.kind == "moments":
-                    squares += (block[:, channels:].astype(np.float64) ** 2).sum(axis=axes)
-                total.add(count, center, squares)
+    for file in tqdm(
+        files.read(split, endings, checksums=False), desc=f"Reading {split}", unit="file", disable=None, leave=False
+    ):
+        for _, block in blocks(file.coming.result()):
+            mean = block[:, :channels].astype(np.float64)
+            count, axes = mean.size // channels, (0, 2, 3)
+            center = mean.mean(axis=axes)
+            squares = ((mean - center[:, None, None]) ** 2).sum(axis=axes)
+            if info.kind == "moments":
+                squares += (block[:, channels:].astype(np.float64) ** 2).sum(axis=axes)
+            total.add(count, center, squares)
     if not total.count:
-        raise UserError(f"Got no samples in the split '{split}' of '{path}', expected some. Give another --split.")
+        raise UserError(f"Got no samples in the split '{split}' of '{files.path}', expected some. Give another --split.")
     if not np.isfinite([total.mean, total.squares]).all():
         raise UserError(
-            f"Got values that are not finite in '{path}', expected numbers. Run `python -m mf_lightning verify {path}`."
+            f"Got values that are not finite in '{files.path}', expected numbers. Run `python -m mf_lightning verify "
+            f"{files.path}`."
         )
     return total
 

@@ -25,16 +25,17 @@ LAYOUTS: dict[str, tuple[type[Source], ...]] = {
 """The layouts of each kind."""
 
 
-def open_source(kind: str, path: str | Path, holds: Holds | None = None) -> Source:
+def open_source(kind: str, path: str | Path, holds: Holds | None = None, follow_links: bool = False) -> Source:
     """Return a reader of latents in a folder of another project.
 
     Args:
         kind: one of ``LAYOUTS``.
         path: where that project wrote them.
         holds: what plain arrays hold; the other layouts say it themselves.
+        follow_links: also take what symbolic links out of the folder point to.
 
     Raises:
-        UserError: nothing there, files of another layout, or damaged ones.
+        UserError: nothing there, files of another layout, damaged ones, or links out of the folder.
     """
     path = Path(path)
     if not path.exists():
@@ -48,7 +49,7 @@ def open_source(kind: str, path: str | Path, holds: Holds | None = None) -> Sour
         )
     for layout in LAYOUTS[kind]:
         if layout.fits(path):
-            return ArraySource(path, holds) if layout is ArraySource else layout(path)
+            return layout(path, holds, follow_links) if layout is ArraySource else layout(path, follow_links)
     expected = "; or ".join(layout.layout for layout in LAYOUTS[kind])
     raise UserError(f"Got SOURCE = '{path}', {_what_is_there(path)}, expected {expected}. Check KIND and SOURCE.")
 

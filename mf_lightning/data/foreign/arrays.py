@@ -7,25 +7,27 @@ without *. Values must be unscaled, as the autoencoder gives them. Order: sorted
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from mf_lightning.data.foreign.source import DAMAGE, Holds, Rows, Source, check_sample, load_npy, unreadable
+from mf_lightning.data.foreign.source import DAMAGE, Holds, RowFiles, Rows, check_sample, load_npy, unreadable
+from mf_lightning.data.walk import check_link
 from mf_lightning.types import UserError
 
 NAMES = ("latents", "moments")
 FLIPPED = tuple(f"{name}_flip" for name in NAMES)
 
 
-class ArraySource(Source):
+class ArraySource(RowFiles):
     """Arrays with many samples each; .npy files are mapped, of .npz files one is in memory.
 
     Args:
         path: a folder of files, or one .npz file, or one .npy file with its labels beside it.
         holds: what the arrays hold.
+        follow_links: also take what symbolic links out of the folder point to.
 
     Raises:
         UserError: arrays without labels, of unlike length, or of another shape.
@@ -33,45 +35,33 @@ class ArraySource(Source):
 
     layout = "*latents.npy or *moments.npy beside *labels.npy, or .npz files with such arrays"
 
-    def __init__(self, path: Path, holds: Holds | None) -> None:
+    def __init__(self, path: Path, holds: Holds | None, follow_links: bool = False) -> None:
         assert holds is not None, "open_source asks for it"
         self.holds = holds
-        self.files = _files(path)
-        first = _open(self.files[0])
+        files = _files(path)
+        folder = path if path.is_dir() else path.parent
+        for part in (part for file in files for part in (file, *_beside(file)) if part != path and os.path.lexists(part)):
+            check_link(part, folder, follow_links=follow_links)
+        first = _open(files[0])
         if not len(first.stored):
-            raise UserError(f"Got no samples in '{self.files[0]}', expected some. Remove the file.")
-        check_sample(first.stored[0], f"'{self.files[0]}'")
+            raise UserError(f"Got no samples in '{files[0]}', expected some. Remove the file.")
+        check_sample(first.stored[0], f"'{files[0]}'")
         self.shape, self.dtype, self.flip = first.stored.shape[1:], first.stored.dtype, first.flipped is not None
-        self.starts = np.array([0, len(first.stored)])
-        counts = [self._count(file) for file in self.files]  # one file is open at a time
-        self.starts = np.cumsum([0, *counts])
+        super().__init__(files[:1], [len(first.stored)])  # names the first sample, for messages
+        super().__init__(files, [self._count(file) for file in files])  # one file is open at a time
 
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Look for the names."""
         return bool(_files(path))
 
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def name(self, number: int) -> str:
-        """Return file and row."""
-        file = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return f"'{self.files[file]}', row {number - self.starts[file]}"
-
-    def contents(self) -> Iterator[str]:
-        """Yield files and where they end."""
-        return (f"{file.name} {end}" for file, end in zip(self.files, self.starts[1:], strict=True))
-
     def read(self, index: np.ndarray) -> Rows:
         """Copy rows, file by file."""
         stored = np.empty((len(index), *self.shape), self.dtype)
         flipped = np.empty_like(stored) if self.flip else None
         labels = np.empty(len(index), np.int64)
-        file_of = np.searchsorted(self.starts, index, side="right") - 1
-        for number in np.unique(file_of):
-            here, opened = file_of == number, _open(self.files[number])
-            rows = index[here] - self.starts[number]
+        for file, here, rows in self.by_file(index):
+            opened = _open(file)
             stored[here], labels[here] = opened.stored[rows], opened.labels[rows]
             if flipped is not None:
                 flipped[here] = opened.flipped[rows]
@@ -97,7 +87,15 @@ class ArraySource(Source):
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".npz" or _is_latents(path) else []
-    return sorted(file for file in path.glob("*.np[yz]") if file.suffix == ".npz" or _is_latents(file))
+    found = sorted(file for file in path.glob("*.np[yz]") if not file.name.startswith("."))
+    return [file for file in found if file.suffix == ".npz" or _is_latents(file)]
+
+
+def _beside(file: Path) -> list[Path]:
+    """Return the files of labels and of mirrored copies that belong to a .npy file."""
+    name = next((name for name in NAMES if _is_latents(file) and file.stem.endswith(name)), None)
+    stem = file.stem.removesuffix(name or "")
+    return [file.with_name(f"{stem}{end}.npy") for end in ("labels", f"{name}_flip")] if name else []
 
 
 def _is_latents(file: Path) -> bool:
@@ -120,9 +118,7 @@ def _open_npz(file: Path) -> Rows:
 def _open(file: Path) -> Rows:
     if file.suffix == ".npz":
         return _open_npz(file)
-    name = next(name for name in NAMES if file.stem.endswith(name))
-    stem = file.stem.removesuffix(name)
-    labels, flipped = (file.with_name(f"{stem}{end}.npy") for end in ("labels", f"{name}_flip"))
+    labels, flipped = _beside(file)
     if not labels.is_file():
         raise UserError(f"Got '{file}' without '{labels.name}' beside it, expected the labels there. Add them.")
     mirrored = load_npy(flipped, mmap=True) if flipped.is_file() else None

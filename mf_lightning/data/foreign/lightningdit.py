@@ -11,34 +11,34 @@ last images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mf_lightning.data.foreign.meanflow import to_numpy
-from mf_lightning.data.foreign.source import Rows, Source, check_sample, unreadable
+from mf_lightning.data.foreign.source import RowFiles, Rows, check_sample, files_below, has_file, unreadable
 from mf_lightning.types import UserError
 
 KEYS = ("latents", "latents_flip")
 
 
-class LightningDiTSource(Source):
+class LightningDiTSource(RowFiles):
     """Latents in safetensors files.
 
     Args:
         path: the folder of the files.
+        follow_links: also take what symbolic links out of the folder point to.
     """
 
     layout = "a folder with .safetensors files, each with latents, latents_flip and labels"
     holds = "latents"
     flip = True
 
-    def __init__(self, path: Path) -> None:
-        self.files = sorted(path.glob("*.safetensors"))
-        shapes = [self._shape(file) for file in self.files]
-        self.starts = np.cumsum([0, *(shape[0] for shape in shapes)])
+    def __init__(self, path: Path, follow_links: bool = False) -> None:
+        files = [path / name for name in sorted(files_below(path, ".safetensors", follow_links=follow_links, deep=False))]
+        shapes = [self._shape(file) for file in files]
+        super().__init__(files, [shape[0] for shape in shapes])
         first = self._rows(self.files[0], KEYS[0], np.arange(min(1, shapes[0][0])))
         if not len(self) or not len(first):
             raise UserError(
@@ -50,28 +50,13 @@ class LightningDiTSource(Source):
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Look for the ending."""
-        return next(path.glob("*.safetensors"), None) is not None
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def name(self, number: int) -> str:
-        """Return file and row."""
-        file = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return f"'{self.files[file]}', row {number - self.starts[file]}"
-
-    def contents(self) -> Iterator[str]:
-        """Yield files and where they end."""
-        return (f"{file.name} {end}" for file, end in zip(self.files, self.starts[1:], strict=True))
+        return has_file(path, ".safetensors", deep=False)
 
     def read(self, index: np.ndarray) -> Rows:
         """Read rows, each file opened once."""
         stored = np.empty((2, len(index), *self.shape), self.dtype)
         labels = np.empty(len(index), np.int64)
-        file_of = np.searchsorted(self.starts, index, side="right") - 1
-        for number in np.unique(file_of):
-            here, file = np.flatnonzero(file_of == number), self.files[number]
-            rows = index[here] - self.starts[number]
+        for file, here, rows in self.by_file(index):
             for copy, key in enumerate(KEYS):
                 values = self._rows(file, key, rows)
                 self.check_like_first(values.shape[1:], values.dtype, f"{key} of '{file}'")

@@ -33,6 +33,7 @@ from mf_lightning.data.foreign.source import (
     unreadable,
     whole_label,
 )
+from mf_lightning.data.walk import check_link
 from mf_lightning.types import UserError
 
 KEYS = ("moments", "moments_flip")
@@ -43,26 +44,37 @@ class FolderSource(FilePerSample):
 
     Args:
         path: the folder of the class folders.
+        follow_links: also take what symbolic links out of the folder point to.
+
+    Raises:
+        UserError: files outside of a class folder, or a folder without files.
     """
 
     layout = "a folder per class with an .npz file per image (moments, moments_flip)"
     holds = "mean_logvar"
 
-    def __init__(self, path: Path) -> None:
-        files = sorted(files_below(path, ".npz"))
+    def __init__(self, path: Path, follow_links: bool = False) -> None:
+        files = sorted(files_below(path, ".npz", follow_links=follow_links))
         flat = [name for name in files if "/" not in name]
         if flat:
             raise UserError(
                 f"Got '{path / flat[0]}' outside of a class folder, expected CLASS/IMAGE.npz. Move it, or remove it."
             )
-        self.class_names = tuple(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+        folders = (entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        self.class_names = tuple(sorted(folders))
+        empty = sorted(set(self.class_names) - {name.split("/")[0] for name in files})
+        if empty:
+            raise UserError(
+                f"Got the class folder '{path / empty[0]}' without an .npz file ({len(empty):,} such folders), expected some "
+                "in each: a class's number is its folder's place among all. Copy the rest, or remove what is no class."
+            )
         self.number_of = {name: number for number, name in enumerate(self.class_names)}
         super().__init__(path, files)
 
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Look into the first .npz file of a class folder."""
-        first = next(files_below(path, ".npz"), None) if path.is_dir() else None
+        first = next(files_below(path, ".npz", follow_links=True), None) if path.is_dir() else None
         if first is None or "/" not in first:
             return False
         try:
@@ -87,6 +99,7 @@ class LmdbSource(Source):
 
     Args:
         path: the folder with ``data.mdb``.
+        follow_links: also read it where it is a symbolic link out of the folder.
 
     Raises:
         UserError: truncated, or its preparation was not finished.
@@ -98,8 +111,9 @@ class LmdbSource(Source):
     facts = Facts("stabilityai/sd-vae-ft-ema", 0.18215, 0.0, 8)
     flip = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, follow_links: bool = False) -> None:
         self.path = path
+        check_link(path / "data.mdb", path, follow_links=follow_links)
         _check_whole(self.environment, path / "data.mdb")
         with self.environment.begin() as view:
             count = view.get(b"num_samples")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mf_lightning.data.foreign.source import DAMAGE, Facts, FilePerSample, unreadable, whole_label
+from mf_lightning.data.foreign.source import DAMAGE, Facts, FilePerSample, files_below, has_file, unreadable, whole_label
+from mf_lightning.data.walk import check_link
 from mf_lightning.types import UserError
 
 
@@ -22,21 +23,23 @@ class MeanFlowSource(FilePerSample):
 
     Args:
         path: the folder of the .pt files, or the one that holds it as ``train``.
+        follow_links: also take what symbolic links out of the folder point to.
     """
 
     layout = "a folder (or its train) with .pt files, each with image and label"
     holds = "mean_std"
     facts = Facts("stabilityai/sd-vae-ft-mse", 0.18215, 0.0, 8)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, follow_links: bool = False) -> None:
         root = _root(path)
-        super().__init__(root, sorted(file.name for file in root.glob("*.pt")))
+        check_link(root, path, follow_links=follow_links)
+        super().__init__(root, sorted(files_below(root, ".pt", follow_links=follow_links, within=path, deep=False)))
 
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Look for .pt files and for nothing that another layout keeps beside them."""
         root = _root(path)
-        return next(root.glob("*.pt"), None) is not None and next(root.glob("*.safetensors"), None) is None
+        return has_file(root, ".pt", deep=False) and not has_file(root, ".safetensors", deep=False)
 
     def read_file(self, number: int) -> tuple[np.ndarray, int, None]:
         """Read one file, as tensors only."""
@@ -60,4 +63,4 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _root(path: Path) -> Path:
-    return path / "train" if (path / "train").is_dir() and next(path.glob("*.pt"), None) is None else path
+    return path / "train" if (path / "train").is_dir() and not has_file(path, ".pt", deep=False) else path

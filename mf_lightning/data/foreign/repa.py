@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mf_lightning.data.foreign.source import Facts, FilePerSample, files_below, has_file, load_npy, whole_label
+from mf_lightning.data.walk import check_link
 from mf_lightning.types import UserError
 
 LABELS = "dataset.json"
@@ -25,6 +26,7 @@ class RepaSource(FilePerSample):
 
     Args:
         path: the folder ``vae-sd``, or the one that holds it.
+        follow_links: also take what symbolic links out of the folder point to.
 
     Raises:
         UserError: labels and files that do not match, by name.
@@ -34,9 +36,11 @@ class RepaSource(FilePerSample):
     holds = "mean_std"
     facts = Facts("stabilityai/sd-vae-ft-mse", 0.18215, 0.0, 8)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, follow_links: bool = False) -> None:
         root = _root(path)
-        files = sorted(files_below(root, ".npy"))
+        for part in (root, root / LABELS):
+            check_link(part, path, follow_links=follow_links)
+        files = sorted(files_below(root, ".npy", follow_links=follow_links, within=path))
         self.labels = _match(_read_labels(root / LABELS), files, root)
         super().__init__(root, files)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import tokenize
 import zipfile
@@ -17,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from mf_lightning.data.walk import walk_files
 from mf_lightning.types import UserError
 
 Holds = Literal["mean_std", "mean_logvar", "latents"]
@@ -175,6 +175,38 @@ class FilePerSample(Source):
         return Rows(stored, labels, flipped)
 
 
+class RowFiles(Source):
+    """A layout with files of many samples each.
+
+    Args:
+        files: in order.
+        counts: samples of each.
+    """
+
+    def __init__(self, files: Sequence[Path], counts: Sequence[int]) -> None:
+        self.files = files
+        self.starts = np.cumsum([0, *counts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def name(self, number: int) -> str:
+        """Return file and row."""
+        file = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return f"'{self.files[file]}', row {number - self.starts[file]}"
+
+    def contents(self) -> Iterator[str]:
+        """Yield files and where they end."""
+        return (f"{file.name} {end}" for file, end in zip(self.files, self.starts[1:], strict=True))
+
+    def by_file(self, index: np.ndarray) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+        """Yield each file that holds some of the samples, their places in ``index``, and their rows in the file."""
+        file_of = np.searchsorted(self.starts, index, side="right") - 1
+        for number in np.unique(file_of):
+            here = np.flatnonzero(file_of == number)
+            yield self.files[number], here, index[here] - self.starts[number]
+
+
 def check_sample(array: np.ndarray, where: str) -> None:
     """Refuse a first sample that is no picture of numbers.
 
@@ -188,18 +220,19 @@ def check_sample(array: np.ndarray, where: str) -> None:
         )
 
 
-def files_below(root: Path, ending: str) -> Iterator[str]:
-    """Yield the names of all files with an ending, relative to a folder, in no order; links to folders are not followed."""
-    for folder, _, names in os.walk(root):
-        inside = os.path.relpath(folder, root)
-        for name in names:
-            if name.endswith(ending) and not name.startswith("."):
-                yield name if inside == os.curdir else os.path.join(inside, name).replace(os.sep, "/")
+def files_below(root: Path, ending: str, *, follow_links: bool, within: Path | None = None, deep: bool = True) -> Iterator[str]:
+    """Yield the names of files with an ending, relative to a folder, in no order; hidden files and folders are left out.
+
+    Arguments as in ``walk_files``.
+    """
+    for name in walk_files(root, follow_links=follow_links, within=within, deep=deep):
+        if name.endswith(ending) and not any(part.startswith(".") for part in name.split("/")):
+            yield name
 
 
-def has_file(root: Path, ending: str) -> bool:
-    """Tell whether there is a file with an ending anywhere in a folder."""
-    return root.is_dir() and next(files_below(root, ending), None) is not None
+def has_file(root: Path, ending: str, *, deep: bool = True) -> bool:
+    """Tell whether there is a file with an ending in a folder; whoever reads it refuses links out of the folder."""
+    return root.is_dir() and next(files_below(root, ending, follow_links=True, deep=deep), None) is not None
 
 
 def load_npy(file: Path, *, mmap: bool = False) -> np.ndarray:
