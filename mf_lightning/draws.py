@@ -34,6 +34,7 @@ class Stream(IntEnum):
     SAMPLE_LABEL = 10
     SYNTHETIC = 11
     SELF_CHECK = 12
+    KEPT_FEATURES = 13
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:

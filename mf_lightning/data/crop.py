@@ -37,7 +37,7 @@ class Picture:
     """One decoded and cropped image."""
 
     pixels: np.ndarray
-    """(c, size, size) uint8."""
+    """(c, size, size) uint8; (c, height, width) where nothing was cropped."""
     traits: tuple[str, ...]
     """What was done to it beyond the crop, for the summary."""
 
@@ -58,7 +58,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_picture(content: bytes, *, size: int, channels: int) -> Picture:
+def read_picture(content: bytes, *, size: int | None, channels: int) -> Picture:
     """Return the cropped pixels of an image file's bytes.
 
     EXIF orientation is applied, CMYK and palettes become RGB, transparent pixels are laid on white, 16 bits a channel are
@@ -66,7 +66,7 @@ def read_picture(content: bytes, *, size: int, channels: int) -> Picture:
 
     Args:
         content: of the file.
-        size: edge of the square.
+        size: edge of the square; None leaves the picture as it is.
         channels: 3 for RGB, 1 for grey.
 
     Raises:
@@ -80,9 +80,9 @@ def read_picture(content: bytes, *, size: int, channels: int) -> Picture:
             traits.append(ANIMATED)
         image.load()
         image = _opaque(_turned(image, traits), "RGB" if channels == 3 else "L", traits)
-        if min(image.size) < size:
+        if size is not None and min(image.size) < size:
             traits.append(ENLARGED)
-        pixels = np.asarray(center_crop(image, size))
+        pixels = np.asarray(image if size is None else center_crop(image, size))
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
@@ -90,16 +90,17 @@ def read_picture(content: bytes, *, size: int, channels: int) -> Picture:
     except _BROKEN as error:
         told = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error)) or "no reason given"
         raise Unreadable(f"{type(error).__name__}: {told}") from error
-    return Picture(np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1)), tuple(traits))
+    planes = pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
+    return Picture(np.ascontiguousarray(planes), tuple(traits))
 
 
-def _check_pixels(image: Image.Image, size: int) -> None:
+def _check_pixels(image: Image.Image, size: int | None) -> None:
     """Refuse what would fill the memory, before a pixel is decoded."""
     limit, pixels, short = Image.MAX_IMAGE_PIXELS or 1 << 62, image.width * image.height, max(1, min(image.size))
     told = f"{image.width} x {image.height} pixels"
     if pixels > limit:
         raise Unreadable(f"{told}, more than Pillow's limit of {limit:,}: a decompression bomb?")
-    if pixels * max(1, size / short) ** 2 > limit:
+    if size is not None and pixels * max(1, size / short) ** 2 > limit:
         raise Unreadable(f"{told}, so narrow that it has more than {limit:,} when it is enlarged to {size}")
 
 

@@ -99,7 +99,7 @@ def encode_shards(
         UserError: an image that cannot be read (unless skipped), values that the dtype cannot hold, or a full disk.
     """
     images = _decoded(tasks, target, workers, ahead=4 * batch_size + 2 * workers)
-    with _exact(), ThreadPoolExecutor(1, "write") as writer:
+    with exact(), ThreadPoolExecutor(1, "write") as writer:
         waiting: list[Future] = []
         try:
             for task, group in groupby(images, key=lambda image: image[0]):
@@ -246,7 +246,7 @@ def _picture(source: ImageSource, number: int, content: bytes | Unreadable | Non
 
 
 @contextmanager
-def _exact() -> Iterator[None]:
+def exact() -> Iterator[None]:
     """Compute in true float32 by kernels that give the same bits each time, and set back afterwards."""
     flags = ((torch.backends.cudnn, "allow_tf32", False), (torch.backends.cudnn, "deterministic", True),
              (torch.backends.cudnn, "benchmark", False), (torch.backends.cuda.matmul, "allow_tf32", False))  # fmt: skip
