@@ -315,6 +315,9 @@ def test_another_adoption_does_not_go_on_with_this_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not written"):
         adopt("repa", tmp_path / "theirs", tmp_path / "ours", classes="3")
     before = files_of(tmp_path / "ours")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "of_another_autoencoder")  # of the same names and labels
+    with pytest.raises(UserError, match="unfinished adoption of another source, expected the same"):
+        adopt("repa", tmp_path / "of_another_autoencoder", tmp_path / "ours", classes="3")
     with pytest.raises(UserError, match="unfinished adoption of another shard_size, expected the same"):
         adopt("repa", tmp_path / "theirs", tmp_path / "ours", classes="3", shard_size=7)
     shutil.rmtree(tmp_path / "theirs")
@@ -662,6 +665,9 @@ def test_options_that_contradict(tmp_path):
     foreign.write_repa(tmp_path / "theirs")
     refused("repa", tmp_path, "--shard_size 0", shard_size=0)
     refused("repa", tmp_path, "--shuffle_seed -1", shuffle_seed=-1)
+    refused("repa", tmp_path, "Got --scale 0.0, expected a number other than 0", scale=0.0)
+    refused("repa", tmp_path, "Got --shift nan, expected a number", shift=float("nan"))
+    refused("repa", tmp_path, "Got --image_size 0, expected pixels", image_size=0)
     for share, count in ((1.0, 10), (0.01, 0), (-0.2, -2)):
         refused("repa", tmp_path, f"Got --val_fraction {share} of 10 samples, which leaves {count}", val_fraction=share)
     refused("repa", tmp_path, "one of the last two", val_fraction=0.1, val_source=tmp_path / "theirs")

@@ -90,6 +90,7 @@ def adopt(
     parts = make_parts(train, val, val_fraction, shuffle_seed)
     info = describe(kind, train, autoencoder, scale, shift, image_size, classes, dtype)
     plan = {"layout": kind, "shard_size": shard_size, "shuffle_seed": shuffle_seed, "holds": train.holds, **asdict(info)}
+    plan |= {"source": source.resolve(), "val_source": val_source and val_source.resolve()}  # names alone are alike everywhere
     plan["splits"] = {part.split: [len(part.order), part.source.fingerprint()] for part in parts}
     hold = _guard(lambda: Hold(out), out)
     try:

@@ -93,6 +93,11 @@ def _facts(
         known["image_size"] = factor * source.shape[-2]
     asked = {"scale": scale, "shift": shift, "image_size": image_size}
     known |= {key: value for key, value in asked.items() if value is not None}
+    sizes = ("scale", "a number other than 0"), ("shift", "a number"), ("image_size", "pixels, at least 1")
+    for key, expected in sizes:
+        value = known.get(key, 1)
+        if not np.isfinite(value) or (key == "scale" and value == 0) or (key == "image_size" and value < 1):
+            raise UserError(f"Got --{key} {value}, expected {expected}. Correct it.")
     missing = [f"--{key}" for key in ("autoencoder", *asked) if key not in known]
     if missing:
         raise UserError(
