@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -48,7 +49,7 @@ class KLAutoencoder(Autoencoder):
     ) -> None:
         if decode_dtype not in DTYPES:
             raise UserError(f"Got decode_dtype = {decode_dtype!r}, expected one of {', '.join(DTYPES)}.")
-        self.pretrained = pretrained
+        self.pretrained = os.path.expanduser(pretrained)
         self.decode_dtype = decode_dtype
         self.channels_last = channels_last
         self.equal_share: float | None = None

@@ -78,6 +78,8 @@ def read_picture(content: bytes, *, size: int | None, channels: int) -> Picture:
         _check_pixels(image, size)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # which holds a photograph and its previews
             traits.append(ANIMATED)
+        if image.format == "TIFF" and image.getexif().get(_ORIENTATION) in _TURNS:
+            traits.append(TURNED)  # by Pillow, when it loads the pixels
         image.load()
         image = _opaque(_turned(image, traits), "RGB" if channels == 3 else "L", traits)
         if size is not None and min(image.size) < size:
@@ -121,11 +123,13 @@ def _opaque(image: Image.Image, mode: str, traits: list[str]) -> Image.Image:
     if image.mode == "F":
         raise Unreadable("floating-point pixels, whose range nothing tells")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        deep = np.asarray(image).astype(np.int64)
+        deep, hidden = np.asarray(image).astype(np.int32), image.info.get("transparency")
         if deep.min() < 0 or deep.max() > 65535:
             raise Unreadable(f"values from {deep.min()} to {deep.max()}, expected 16 bits at most")
         traits.append(DEEP)
         image = Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
+        if isinstance(hidden, int):
+            image = Image.merge("LA", (image, Image.fromarray(np.where(deep == hidden, 0, 255).astype(np.uint8))))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:

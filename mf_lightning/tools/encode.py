@@ -80,7 +80,8 @@ def encode(
     Raises:
         UserError: images, labels, settings or a destination that do not fit.
     """
-    _check(shard_size=shard_size, batch_size=batch_size, workers=workers, image_size=image_size, val_fraction=val_fraction)
+    _check(shard_size=shard_size, batch_size=batch_size, image_size=image_size)
+    _check_numbers(val_fraction, workers, shuffle_seed)
     _check_pairs(val_source, val_labels, val_fraction, reference, extractor, extractor_weights)
     processes = Processes()
     where = processes.device(device)
@@ -115,10 +116,15 @@ def encode(
         processes.part()
 
 
-def _check(*, val_fraction: float, workers: int, **at_least_one: int) -> None:
+def _check(**at_least_one: int) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise UserError(f"Got --{name}={value}, expected at least 1.")
+
+
+def _check_numbers(val_fraction: float, workers: int, shuffle_seed: int | None) -> None:
+    if shuffle_seed is not None and shuffle_seed < 0:
+        raise UserError(f"Got --shuffle_seed={shuffle_seed}, expected at least 0.")
     if workers < 0:
         raise UserError(f"Got --workers={workers}, expected a number of threads, or 0 for this process's share of the cores.")
     if not 0 <= val_fraction < 1:

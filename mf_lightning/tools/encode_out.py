@@ -21,7 +21,16 @@ from typing import Any
 import numpy as np
 
 from mf_lightning.data.aside import write_aside
-from mf_lightning.data.shards import INFO_FILE, DatasetInfo, ShardInfo, shard_file, write_info, write_shard
+from mf_lightning.data.shards import (
+    INFO_FILE,
+    DatasetInfo,
+    ShardInfo,
+    open_split,
+    read_info,
+    shard_file,
+    write_info,
+    write_shard,
+)
 from mf_lightning.tools.hold import Hold, is_left_over
 from mf_lightning.types import UserError
 
@@ -90,7 +99,7 @@ class EncodeOut:
             self._refuse_others()  # once more: another job may have begun meanwhile
         if not file.exists():
             self._write(file, json.dumps(settings, indent=1).encode() + b"\n")
-        begun = json.loads(file.read_text())
+        begun = self._begun()
         differ = [key for key in {**begun, **settings} if begun.get(key) != settings.get(key)]
         if differ:
             got, expected = (", ".join(f"{key} = {values.get(key)!r}" for key in differ) for values in (settings, begun))
@@ -101,13 +110,29 @@ class EncodeOut:
         for entry in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
             if is_left_over(entry):
                 entry.unlink()
-        if info.exists():
-            shutil.rmtree(self.aside, ignore_errors=True)
-        return info.exists()
+        if not info.exists():
+            return False
+        whole = read_info(self.path)
+        for split in whole.splits:
+            open_split(self.path, whole, split)  # refuses files that are gone or shorter
+        shutil.rmtree(self.aside, ignore_errors=True)
+        return True
+
+    def _begun(self) -> dict[str, Any]:
+        """Return the settings with which the folder was begun."""
+        file = self.path / SETTINGS_FILE
+        try:
+            return dict(json.loads(file.read_bytes()).items())
+        except (ValueError, AttributeError) as error:
+            raise UserError(
+                f"Got '{file}', which holds no settings of this command, expected those with which OUT was begun. Give another "
+                "folder."
+            ) from error
 
     def _refuse_others(self) -> None:
         """Refuse a folder that holds something and was not begun by this command."""
         if (self.path / SETTINGS_FILE).exists():
+            self._begun()
             return
         if (self.path / INFO_FILE).exists():
             raise UserError(f"Got OUT = '{self.path}', which holds another data set, expected a new folder. Give another.")

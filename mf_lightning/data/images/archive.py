@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import lzma
 import os
 import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +26,8 @@ from mf_lightning.data.images.source import (
 )
 from mf_lightning.types import UserError
 
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+_BLOCK = tarfile.BLOCKSIZE
 
 
 class OpenFiles:
@@ -65,14 +67,17 @@ class ZipSource(ImageSource):
         except DAMAGED as error:
             raise damaged(path, error) from error
         found = [member.filename for member in archive.infolist() if not member.is_dir()]
-        names, labelled = _list(found, path, labels, archive.read)
+        names, labelled = _list(found, path, labels, self._take)
         self.prefix = labelled.prefix
         super().__init__(names, labelled.numbers, labelled.class_names, labelled.notes)
 
     def read(self, number: int) -> bytes:
         """Return the member's bytes, never more than it declares."""
+        return self._take(self.prefix + self.names[number])
+
+    def _take(self, name: str) -> bytes:
         archive = self.open_files[self.path]
-        member = archive.getinfo(self.prefix + self.names[number])
+        member = archive.getinfo(name)
         check_size(member.file_size)
         try:
             return archive.read(member)
@@ -110,7 +115,7 @@ class TarIndex:
                     self.compressed |= not isinstance(tar.fileobj, io.BufferedReader)
                     found = list(_members(tar, number, 0))
             except (*DAMAGED, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
+                if _is_of_the_disk(error):
                     raise
                 raise damaged(path, error) from error
             flat = len(self.paths) > 1 and not any("/" in name for name, _ in found)
@@ -118,18 +123,29 @@ class TarIndex:
             self.members += [member for _, member in found]
 
 
-def _members(tar: tarfile.TarFile, number: int, start: int):
+def _members(tar: tarfile.TarFile, number: int, start: int) -> Iterator[tuple[str, Member]]:
+    name = ""
     for member in tar:
+        name = member.name.removeprefix("./")
         if member.isdir():
             continue
-        name = member.name.removeprefix("./")
         if member.isreg() and name.endswith(".tar"):  # ImageNet's training images: a tar of one tar per class
-            with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                 folder = Path(name).stem
                 found = list(_members(inner, number, start + member.offset_data))
             yield from ((f"{folder}/{inner_name}", place) for inner_name, place in found)
         else:
             yield name, Member(number, start + member.offset_data, member.size, member.isreg() and not member.issparse())
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(_BLOCK) != bytes(
+        _BLOCK
+    ):  # for tarfile, a damaged head and the end of the file are an end like any other
+        raise tarfile.ReadError(f"it is damaged or cut off after {name!r}")
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Tell a disk or network that fails from damaged compression, which some modules call an OSError too."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 class TarReader:
@@ -149,11 +165,12 @@ class TarReader:
         if not member.plain:
             raise Unreadable("a link or a sparse file in the tar file, which has no bytes of its own")
         check_size(member.size)
-        file = self.open_files[self.paths[member.archive]]
         try:
-            content = self._take(file, member)
-        except DAMAGED as error:
-            raise Unreadable(f"damaged in the tar file ({error})") from error
+            content = self._take(self.open_files[self.paths[member.archive]], member)
+        except (*DAMAGED, OSError) as error:
+            if _is_of_the_disk(error):
+                raise
+            raise Unreadable(f"damaged in the tar file ({_first_line(error)})") from error
         if len(content) != member.size:
             raise Unreadable(f"cut off in the tar file: {len(content):,} of {member.size:,} bytes")
         return content
@@ -219,16 +236,32 @@ def _list(
     refuse_doubles(images, where)
     prefix = without_wrapper(images)
     tops = [prefix + name for name in LABEL_FILES]
-    inside = {name.removeprefix(prefix): read(name) for name in found if name in tops}
+    inside = {} if labels is not None else {n.removeprefix(prefix): _labels_file(n, where, read) for n in found if n in tops}
     names = [name.removeprefix(prefix) for name in (sorted(images) if in_order else images)]
     numbers, class_names, how = find_labels(names, labels, inside, where)
     others = [name for name in found if not is_image(name) and name not in tops]
     return names, _Labelled(prefix, numbers, class_names, [how, *ignored_note(others)])
 
 
+def _first_line(error: Exception) -> str:
+    """Return what an error says, without tarfile's list of the compressions that it tried."""
+    return str(error).partition("\n")[0].rstrip(":")
+
+
+def _labels_file(name: str, where: Path, read: Callable[[str], bytes]) -> bytes:
+    try:
+        return read(name)
+    except Unreadable as error:
+        raise UserError(
+            f"Got the labels file '{where}/{name}', which cannot be read ({error}), expected a whole one. Correct it, or give "
+            "--labels=FILE, or --labels=none for images without classes."
+        ) from error
+
+
 def damaged(path: Path, error: Exception) -> UserError:
     """Return the error for an archive whose list of files cannot be read."""
     kind = "zip" if path.suffix == ".zip" else "tar"
     return UserError(
-        f"Got '{path}', whose list of files cannot be read ({error}), expected a whole {kind} file. Copy or download it again."
+        f"Got '{path}', whose list of files cannot be read ({_first_line(error)}), expected a whole {kind} file. Copy or "
+        "download it again."
     )

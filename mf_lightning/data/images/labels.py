@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mf_lightning.types import UserError
 
 LABEL_FILES = ("labels.csv", "labels.json", "dataset.json")
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+"""Names of splits; folders of these names are hardly classes."""
 NONE = "none"
 """Instead of a labels file: all images are of one nameless class."""
 MAX_CLASSES = 1 << 20
@@ -37,10 +41,12 @@ def number_classes(values: Sequence[Label], where: object) -> Labels:
         where: file that they come from.
 
     Raises:
-        UserError: numbers and names are mixed, or a number is negative or too large.
+        UserError: numbers and names are mixed, a label is empty, or a number is negative or too large.
     """
     texts = [str(value) for value in values]
-    numeric = [text.lstrip("-").isdecimal() for text in texts]
+    if "" in texts:
+        raise UserError(f"Got an empty label in '{where}', expected a number or a name for each image. Correct the labels.")
+    numeric = [re.fullmatch(r"-?\d+", text) is not None for text in texts]
     if not any(numeric):
         names = sorted(set(texts))
         number = {name: k for k, name in enumerate(names)}
@@ -99,14 +105,30 @@ def _csv_pairs(text: str) -> list[tuple[str, Label]]:
 
 
 def _json_pairs(text: str) -> list[tuple[str, Label]]:
-    body = json.loads(text)
+    body = json.loads(text, object_pairs_hook=_each_once)
     if not isinstance(body, dict):
         raise TypeError(f"it holds a {type(body).__name__}")
+    if body.get("labels", 0) is None:  # as StyleGAN writes it for images without classes
+        raise TypeError("it has no labels; give --labels=none if that is meant")
     pairs = body["labels"] if isinstance(body.get("labels"), list) else list(body.items())
     for pair in pairs:
-        if len(pair) != 2 or isinstance(pair[1], bool) or not isinstance(pair[1], int | str):
+        if (
+            not isinstance(pair, list | tuple)
+            or len(pair) != 2
+            or isinstance(pair[1], bool)
+            or not isinstance(pair[1], int | str)
+        ):
             raise TypeError(f"{json.dumps(pair)[:80]} is not a name and a label")
     return [(str(key), label) for key, label in pairs]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict, which alone would keep the last of two values silently."""
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if table.setdefault(key, value) != value:
+            raise ValueError(f"it holds {key!r} twice, with {table[key]} and {value}")
+    return table
 
 
 def match_labels(names: Sequence[str], table: dict[str, Label], where: object) -> Labels:
@@ -134,7 +156,7 @@ def classes_by_folder(names: Sequence[str], where: object) -> Labels:
     """Return labels by the first folder of each name, classes numbered in sorted order (ImageNet layout).
 
     Raises:
-        UserError: some or all images lie in no folder.
+        UserError: some or all images lie in no folder, or the folders are splits.
     """
     loose = [name for name in names if "/" not in name]
     if loose:
@@ -145,6 +167,11 @@ def classes_by_folder(names: Sequence[str], where: object) -> Labels:
         )
     folders = [name.split("/", 1)[0] for name in names]
     classes = sorted(set(folders))
+    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
+        raise UserError(
+            f"Got the folders {', '.join(classes)} in '{where}', which look like splits, expected a folder per class. Give one "
+            "of them as SOURCE and the other as --val_source; if they are classes, name them in a labels file: --labels=FILE."
+        )
     number = {name: k for k, name in enumerate(classes)}
     return np.array([number[folder] for folder in folders], np.int64), tuple(classes)
 
@@ -178,7 +205,7 @@ def find_labels(
     if labels == NONE:
         return *no_labels(len(names)), "no labels"
     if labels is not None:
-        file = Path(labels)
+        file = Path(labels).expanduser()
         if not file.is_file() or file.suffix not in (".csv", ".json"):
             raise UserError(f"Got --labels={labels}, expected a .csv or .json file ({_FORMS}), or none.")
         return *match_labels(names, parse_labels(file.read_bytes(), file.name, file), file), f"labels from {file}"

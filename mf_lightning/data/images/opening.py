@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mf_lightning.data.images.archive import TarIndex, TarSource, ZipSource
 from mf_lightning.data.images.folder import FolderSource
+from mf_lightning.data.images.labels import SPLITS
 from mf_lightning.data.images.parquet import ParquetSource
-from mf_lightning.data.images.source import ImageSource
+from mf_lightning.data.images.source import ImageSource, is_image
 from mf_lightning.data.images.webdataset import WebDatasetSource, is_webdataset
 from mf_lightning.types import UserError
 
@@ -46,8 +48,20 @@ def _archives(folder: Path) -> list[Path]:
         if place.is_dir():
             found = sorted(file for file in place.iterdir() if _kind(file) and file.is_file())
             if found:
+                _refuse_images(place, found[0])
                 return found
     return []
+
+
+def _refuse_images(folder: Path, archive: Path) -> None:
+    """Refuse a folder of archives that also holds images: which of them are meant, nobody told."""
+    beside = (os.path.join(top, name) for top, _, names in os.walk(folder) for name in sorted(names) if is_image(name))
+    first = next(beside, None)
+    if first is not None:
+        raise UserError(
+            f"Got '{folder}' with both images ({os.path.relpath(first, folder)!r}) and archives of them ({archive.name!r}), "
+            f"expected one kind. Give a pattern such as '{folder}/*{archive.suffix}', or move one kind elsewhere."
+        )
 
 
 def _kind(file: Path) -> str | None:
@@ -75,9 +89,16 @@ def _of_files(files: Sequence[Path], labels: str | None, where: Path) -> ImageSo
 
 def _refuse_several_splits(files: Sequence[Path], where: Path) -> None:
     """Training and validation files lie side by side on the hub; to encode them as one split would spoil both."""
-    splits = sorted({found[1] for file in files if (found := re.fullmatch(r"(\w+)-\d+-of-\d+(-\w+)?\.\w+", file.name))})
+    splits = sorted({split for file in files if (split := _split_of(file.name)) is not None})
     if len(splits) > 1:
         raise UserError(
             f"Got '{where}' with files of several splits ({', '.join(splits)}), expected those of one. Give a pattern, "
-            f"'{files[0].parent}/{splits[0]}-*', and the other with --val_source."
+            f"'{files[0].parent}/*{splits[0]}*', and the other with --val_source."
         )
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split that a file's name tells: "train-00000-of-00004.parquet", "imagenet1k-validation-07.tar"."""
+    if found := re.fullmatch(r"(\w+)-\d+-of-\d+(-\w+)?\.\w+", name):
+        return found[1]
+    return next((word for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS), None)

@@ -38,8 +38,13 @@ class ParquetSource(ImageSource):
         self.groups: list[tuple[int, int]] = []
         """File and number within it of each row group."""
         names: list[str] = []
+        schema = _open(paths[0]).schema_arrow
+        self.column = _column(schema.names, IMAGE_COLUMNS, paths[0])
+        label = None if labels == NONE else _column(schema.names, LABEL_COLUMNS, paths[0])
         for k, path in enumerate(paths):
             file, row = _open(path), 0
+            for column in filter(None, (self.column, label)):
+                _column(file.schema_arrow.names, (column,), path)
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 starts.append(len(names))
@@ -49,9 +54,7 @@ class ParquetSource(ImageSource):
         if not names:
             raise no_images(paths[0].parent)
         self.starts = np.array(starts)
-        schema = _open(paths[0]).schema_arrow
-        self.column = _column(schema.names, IMAGE_COLUMNS, paths[0])
-        found = no_labels(len(names)) if labels == NONE else _labels(paths, schema)
+        found = no_labels(len(names)) if label is None else _labels(paths, schema, label)
         self._group: tuple[int, Any] | None = None
         how = "no labels" if labels == NONE else "parquet, labels from their column"
         super().__init__(names, *found, [how])
@@ -108,9 +111,8 @@ def _column(names: list[str], wanted: tuple[str, ...], path: Path) -> str:
     return found
 
 
-def _labels(paths: list[Path], schema: Any) -> Labels:
+def _labels(paths: list[Path], schema: Any, column: str) -> Labels:
     """Return labels, numbered and named as the files' Hugging Face metadata says where they have it."""
-    column = _column(schema.names, LABEL_COLUMNS, paths[0])
     values = [value for path in paths for value in _open(path).read(columns=[column]).column(column).to_pylist()]
     odd = next((value for value in values if isinstance(value, bool) or not isinstance(value, int | str)), "")
     if odd != "":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -76,7 +78,9 @@ def read_file(file: Path) -> bytes:
         OSError: anything else.
     """
     try:
-        with file.open("rb") as stream:
+        with open(file, "rb", opener=_at_once) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise Unreadable("no regular file, but a pipe or a device")
             content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         if error.errno in _OF_THE_FILE:
@@ -84,6 +88,11 @@ def read_file(file: Path) -> bytes:
         raise
     check_size(len(content))
     return content
+
+
+def _at_once(file: str, flags: int) -> int:
+    """Open without waiting for somebody who writes into a pipe."""
+    return os.open(file, flags | os.O_NONBLOCK)
 
 
 def check_size(size: int) -> None:
