@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 from jsonargparse import auto_cli
@@ -11,6 +12,7 @@ from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.tools.digits import prepare_digits
 from mf_lightning.tools.encode import encode
 from mf_lightning.tools.heartbeat import heartbeat
+from mf_lightning.tools.report import report
 from mf_lightning.tools.stats import stats
 from mf_lightning.tools.verify import verify
 from mf_lightning.types import UserError
@@ -28,6 +30,7 @@ def main(args: list[str] | None = None) -> None:
             "stats": stats,
             "heartbeat": heartbeat,
             "consolidate": consolidate,
+            "report": report,
         }
         auto_cli(commands, args=args, prog="python -m mf_lightning")
     except (UserError, ImportError) as error:
@@ -40,7 +43,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _with_values(args: list[str]) -> list[str]:
-    """Return the arguments with ``--json`` alone as ``--json=true``: jsonargparse wants a value for every option."""
+    """Return the arguments as jsonargparse wants them: ``--json`` alone as ``--json=true``, RUN RUN as one list."""
+    if args[:1] == ["report"]:
+        count = next((number for number, arg in enumerate(args[1:]) if arg.startswith("-")), len(args) - 1)
+        runs, options = args[1 : 1 + count], args[1 + count :]
+        args = ["report", *([json.dumps(runs)] if runs else []), *options]
     following = [*args[1:], ""]
     return [
         f"{arg}=true" if arg == "--json" and after not in ("true", "false") else arg

@@ -1,4 +1,4 @@
-"""The last lines of a run: what the figures were and where everything is."""
+"""The last lines of a run: what the figures were and where everything is, the report last."""
 
 from __future__ import annotations
 
@@ -7,15 +7,40 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 
 from mf_lightning.callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from mf_lightning.callbacks.csv_log import MetricsCSV
+from mf_lightning.callbacks.run_record import RunRecord
 from mf_lightning.callbacks.sample_eval import RESULTS_FILE, SampleEval
+from mf_lightning.report import write_report
 
 
 class RunSummary(Callback):
-    """Print figures and places at the end of `fit`, `validate` and `test`, on the first process."""
+    """Print figures and places at the end of `fit`, `validate` and `test`, on the first process; keep ``run.json``.
+
+    Args:
+        report: write ``report.html`` at the end of `fit`, if figures were measured. One that fails is named and stops nothing.
+    """
+
+    def __init__(self, report: bool = True) -> None:
+        self.report = report
+        self._record = RunRecord()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the run's clock."""
+        self._record.begin()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write with what and on what the run is trained."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._record.start(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write how far the run came."""
+        self._record.update(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print figures, grids, metrics and checkpoints."""
+        """Print figures, grids, metrics, checkpoints and the report."""
         if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._record.update(trainer, ended=True)
             root = Path(trainer.default_root_dir)
             places = {"grids": root / "grids", "figures": root / RESULTS_FILE, "curves": root / "metrics.csv"}
             for callback in trainer.checkpoint_callbacks:
@@ -23,10 +48,25 @@ class RunSummary(Callback):
                     places["checkpoint"] = callback.path
                 elif isinstance(callback, BestCheckpoint) and callback.best_model_path:
                     places[f"best {callback.monitor}"] = Path(callback.best_model_path)
-            print("\n".join(["", *_figures(trainer), *_listing(places)]))
+            last = self._report(trainer, root) if self.report else []
+            print("\n".join(["", *_figures(trainer), *_listing(places), *last]))
+
+    def _report(self, trainer: Trainer, root: Path) -> list[str]:
+        """Write the report and return the line that names it, or why there is none."""
+        if not (root / RESULTS_FILE).is_file():
+            return []
+        try:
+            for logger in trainer.loggers:
+                if isinstance(logger, MetricsCSV):
+                    logger.save()
+            return _listing({"report": write_report([root], png=False)[0]})
+        except Exception as error:  # a page about a run is no reason to lose the run
+            return [f"  {'report:':<15} none, {type(error).__name__}: {' '.join(str(error).split())}"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print figures after `validate` (not inside `fit`)."""
+        """Print figures after `validate`; inside `fit` write how far the run is."""
+        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._record.update(trainer)
         if trainer.is_global_zero and trainer.state.fn == "validate":
             print("\n".join(_figures(trainer)))
 
