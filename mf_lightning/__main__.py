@@ -12,6 +12,7 @@ from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.tools.digits import prepare_digits
 from mf_lightning.tools.encode import encode
 from mf_lightning.tools.heartbeat import heartbeat
+from mf_lightning.tools.reference import reference
 from mf_lightning.tools.report import report
 from mf_lightning.tools.stats import stats
 from mf_lightning.tools.verify import verify
@@ -28,6 +29,7 @@ def main(args: list[str] | None = None) -> None:
             "encode": encode,
             "verify": verify,
             "stats": stats,
+            "reference": reference,
             "heartbeat": heartbeat,
             "consolidate": consolidate,
             "report": report,
