@@ -133,7 +133,7 @@ def _draw_series(drawing: Drawing, series: Series, x_scale: Scale, y_scale: Scal
             if few:
                 title = f"{series.name}: {exact(y)} at {chart.x} {exact(x)}"
                 drawing.marks.append(Mark(*place, series.marker, series.colour, title))
-            if series.labels:
+            if series.labels and series.labels[number]:
                 right = place[0] > WIDTH * 0.7
                 shift = -8 if right else 8
                 drawing.texts.append(Text(place[0] + shift, place[1] - 8, series.labels[number], "end" if right else "start"))

@@ -63,12 +63,16 @@ def protocol_names(runs: Sequence[Run]) -> dict[str, str]:
     different = differing(list(protocols.values()))
     names = {}
     for number, key in enumerate(protocols):
-        parts = [f"{name} {values[number]}" for name, values in different if values[number] != ABSENT]
+        parts = [_words(name, values[number]) for name, values in different if values[number] != ABSENT]
         names[key] = ", ".join(parts) or f"protocol {key}"
     if len(names) < 2:
         return dict.fromkeys(names, "")
     repeated = [key for key in names if list(names.values()).count(names[key]) > 1]
     return names | {key: f"{names[key]} ({key})" for key in repeated}
+
+
+def _words(name: str, value: Any) -> str:
+    return f"{value:,} images" if name == "num_samples" and isinstance(value, int) else f"{name.replace('_', ' ')} {value}"
 
 
 def all_protocols(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,8 @@ from mf_lightning.report.tables import (
 )
 
 _HERE = Path(__file__).parent
+MOST_OPEN = 9
+"""With more charts in a section only the first figure's are shown at once."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """Even by mistake the page fetches nothing."""
 
@@ -139,10 +141,22 @@ def _quality(runs: Sequence[Run], charts: dict[str, list[Chart]]) -> list[tuple[
     found = []
     for title, text in texts.items():
         if charts[title]:
-            found.append((title, text + _charts(charts[title])))
+            found.append((title, text + _folded(charts[title])))
+        elif title == "Quality against step":
+            found.append((title, "<p>Only one step was evaluated: a curve needs two (trainer.val_check_interval).</p>"))
         elif title == "Quality against NFE" and len(nfes) == 1:
             found.append((title, f"<p>Only {nfes.pop()} NFE was measured: sample_eval.nfe=[1,2,4] gives a curve.</p>"))
     return found
+
+
+def _folded(charts: Sequence[Chart]) -> str:
+    """Return charts, the first figure's open and, if there are many, the others behind a line to open."""
+    first = [chart for chart in charts if chart.y == charts[0].y]
+    rest = [chart for chart in charts if chart.y != charts[0].y]
+    if len(charts) <= MOST_OPEN:
+        return _charts(charts)
+    names = ", ".join(dict.fromkeys(chart.y.split(" (")[0] for chart in rest))
+    return f"{_charts(first)}<details><summary>{escape(names)}</summary>{_charts(rest)}</details>" if rest else _charts(first)
 
 
 def _charts(charts: Sequence[Chart]) -> str:

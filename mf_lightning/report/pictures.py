@@ -23,10 +23,10 @@ LARGEST = 400_000
 def samples(runs: Sequence[Run]) -> str:
     """Return the grids of each run, newest first shown, earlier steps behind a slider; "" if no run has any."""
     there = [run for run in runs if run.grids]
-    return "".join(_one_run(run, LIMIT // len(there), name=len(runs) > 1) for run in there)
+    return "".join(_one_run(run, LIMIT // len(there), name=len(runs) > 1, number=number) for number, run in enumerate(there))
 
 
-def _one_run(run: Run, limit: int, *, name: bool) -> str:
+def _one_run(run: Run, limit: int, *, name: bool, number: int) -> str:
     by_step: dict[int, list[Grid]] = {}
     for grid in run.grids:
         by_step.setdefault(grid.step, []).append(grid)
@@ -46,7 +46,7 @@ def _one_run(run: Run, limit: int, *, name: bool) -> str:
     ]
     last = len(shown) - 1
     slider = (
-        f'<div class="slider" hidden><label for="s-{id(run)}">Step</label><input id="s-{id(run)}" type="range" min="0" '
+        f'<div class="slider" hidden><label for="slider-{number}">Step</label><input id="slider-{number}" type="range" min="0" '
         f'max="{last}" value="{last}" step="1"><output>step {shown[-1]:,}</output></div>'
     )
     left = len(by_step) - len(shown)
@@ -75,8 +75,9 @@ def _figure(grid: Grid, run: Run) -> str:
     factor = 2 if width < 320 else 1
     note = f" (reduced; {escape(grid.path.name)} is the whole)" if reduced else ""
     alt = escape(f"Generated samples of {run.name}, {label}", quote=True)
+    style = ' class="all"' if grid.nfe is None else ""
     return (
-        f'<figure><img{small} src="{uri}" width="{width * factor}" height="{height * factor}" alt="{alt}">'
+        f'<figure{style}><img{small} src="{uri}" width="{width * factor}" height="{height * factor}" alt="{alt}">'
         f"<figcaption>{escape(label)}{note}</figcaption></figure>"
     )
 

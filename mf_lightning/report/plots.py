@@ -71,74 +71,96 @@ def axis(metric: MetricInfo) -> str:
 
 
 def against_step(all_groups: Sequence[Group]) -> list[Chart]:
-    """Return each figure against the training step, one line per group and NFE."""
+    """Return each figure against the training step, one line per group and NFE; none where no line has two steps."""
     nfes = sorted({row.nfe for group in all_groups for row in group.rows})
     charts = []
     for metric in METRICS:
         lines = [
-            (group, number, nfe, points)
+            (number, nfe, points)
             for number, group in enumerate(all_groups)
             for nfe in nfes
             if (points := _points((row.step, row.figures.get(metric.name)) for row in group.rows if row.nfe == nfe))
         ]
-        if len(lines) <= MOST_LINES or len(nfes) == 1:
-            charts.append((f"{metric.name}_step", metric.title, metric, lines))
+        facets = [("", "", lines)]
+        if len(lines) > MOST_LINES and len(nfes) > 1:
+            facets = [(f"_nfe{nfe}", f" at {nfe} NFE", [line for line in lines if line[1] == nfe]) for nfe in nfes]
+        for suffix, words, some in facets:
+            if any(len(points) > 1 for *_, points in some):
+                series = _step_series(all_groups, nfes, some)
+                charts.append(
+                    Chart(f"{metric.name}_step{suffix}", f"{metric.title}{words} against step", STEP, axis(metric), series)
+                )
+    return charts
+
+
+def _step_series(all_groups: Sequence[Group], nfes: list[int], lines: list[tuple]) -> tuple[Series, ...]:
+    """Return lines of (number of the group, NFE, points). One group: colour is NFE; else colour is the group, dash is NFE."""
+    one_nfe = len({nfe for _, nfe, _ in lines}) == 1
+    series = []
+    for number, nfe, points in lines:
+        if len(all_groups) == 1:
+            look = nfes.index(nfe)
+            series.append(Series(f"{nfe} NFE", points, look, look // COLOURS, look))
+        elif one_nfe:
+            series.append(Series(all_groups[number].name, points, number, number // COLOURS, number))
         else:
-            for nfe in nfes:
-                some = [line for line in lines if line[2] == nfe]
-                charts.append((f"{metric.name}_step_nfe{nfe}", f"{metric.title}, {nfe} NFE", metric, some))
-    drawn = []
-    for key, title, metric, lines in charts:
-        alone, one_nfe = len({line[1] for line in lines}) == 1, len({line[2] for line in lines}) == 1
-        series = []
-        for group, number, nfe, points in lines:
-            look = nfes.index(nfe) if alone else number
-            name = f"{nfe} NFE" if len(all_groups) == 1 else group.name if one_nfe else f"{group.name}, {nfe} NFE"
-            kind = number // COLOURS if one_nfe else nfes.index(nfe)
-            series.append(Series(name, points, colour=look, dash=0 if alone else kind, marker=kind))
-        if lines:
-            drawn.append(Chart(key, f"{title} against step", STEP, axis(metric), tuple(series)))
-    return drawn
+            kind = nfes.index(nfe)
+            series.append(Series(f"{all_groups[number].name}, {nfe} NFE", points, number, kind, kind))
+    return tuple(series)
 
 
 def against_nfe(all_groups: Sequence[Group]) -> list[Chart]:
-    """Return each figure against NFE at each group's newest step."""
+    """Return each figure against NFE at each group's newest step; none where no more than one NFE was measured."""
     charts = []
     for metric in METRICS:
-        series = []
-        for number, group in enumerate(all_groups):
-            points = _points((row.nfe, row.figures.get(metric.name)) for row in group.newest)
-            if points:
-                series.append(_newest_series(group, number, points))
-        if len({x for one in series for x, _ in one.points}) > 1:
-            title = f"{metric.title} against NFE"
-            charts.append(
-                Chart(f"{metric.name}_nfe", title, "network passes per image (NFE)", axis(metric), tuple(series), "nfe")
-            )
+        lines = [
+            (number, points, ())
+            for number, group in enumerate(all_groups)
+            if (points := _points((row.nfe, row.figures.get(metric.name)) for row in group.newest))
+        ]
+        if len({x for _, points, _ in lines for x, _ in points}) > 1:
+            x, title = "network passes per image (NFE)", f"{metric.title} against NFE"
+            charts.append(_newest_chart(f"{metric.name}_nfe", title, x, metric, all_groups, lines, "nfe"))
     return charts
 
 
 def against_seconds(all_groups: Sequence[Group]) -> list[Chart]:
-    """Return each figure against the measured seconds per image at each group's newest step; NFE beside the points."""
+    """Return each figure against the measured seconds per image at each group's newest step; NFE beside some points."""
     charts = []
     for metric in METRICS:
-        series = []
+        lines, told = [], set()
         for number, group in enumerate(all_groups):
-            rows = [row for row in group.newest if metric.name in row.figures and row.seconds and row.seconds > 0]
+            rows = [
+                row for row in group.newest if math.isfinite(row.figures.get(metric.name, math.nan)) and _positive(row.seconds)
+            ]
             rows.sort(key=lambda row: row.seconds)
-            if rows:
-                points = tuple((row.seconds, row.figures[metric.name]) for row in rows)
-                labels = tuple(f"{row.nfe} NFE" for row in rows)
-                series.append(_newest_series(group, number, points, labels))
-        if series and any(math.isfinite(y) for one in series for _, y in one.points):
+            points = tuple((row.seconds, row.figures[metric.name]) for row in rows)
+            if points:  # an NFE is named once: the lines of several runs lie close
+                labels = tuple("" if row.nfe in told else f"{row.nfe} NFE" for row in rows)
+                told |= {row.nfe for row in rows}
+                lines.append((number, points, labels))
+        if lines:
             title = f"{metric.title} against time"
-            charts.append(Chart(f"{metric.name}_seconds", title, "seconds per image", axis(metric), tuple(series), "log"))
+            charts.append(_newest_chart(f"{metric.name}_seconds", title, "seconds per image", metric, all_groups, lines, "log"))
     return charts
 
 
-def _newest_series(group: Group, number: int, points: tuple, labels: tuple[str, ...] = ()) -> Series:
-    kind = number // COLOURS
-    return Series(f"{group.name}, step {group.rows[-1].step:,}", points, number, kind, number, labels)
+def _positive(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def _newest_chart(
+    key: str, title: str, x: str, metric: MetricInfo, all_groups: Sequence[Group], lines: list[tuple], scale: str
+) -> Chart:
+    """Return a chart of lines of (number of the group, points, labels) at the groups' newest steps."""
+    steps = {all_groups[number].rows[-1].step for number, *_ in lines}
+    series = []
+    for number, points, labels in lines:
+        group = all_groups[number]
+        name = group.name if len(steps) == 1 else f"{group.name}, step {group.rows[-1].step:,}"
+        series.append(Series(name, points, number, number // COLOURS, number, labels))
+    note = f"At step {steps.pop():,}." if len(steps) == 1 else ""
+    return Chart(key, title, x, axis(metric), tuple(series), scale, note)
 
 
 def _points(pairs: Iterable[tuple[int, float | None]]) -> tuple[tuple[float, float], ...]:

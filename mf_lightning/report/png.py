@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from mf_lightning.report.charts import HEIGHT, WIDTH, Chart, Line, Mark, draw
 from mf_lightning.report.svg import DASHES
 
-PALETTE = ("#0067a5", "#c8500a", "#008060", "#a6478a", "#8f6a00", "#4f5d6b")
+PALETTE = ("#0067a5", "#c8500a", "#57a27c", "#521842", "#39360c", "#6b24cb")
 """As in page.css, light."""
 SIZE, SMOOTH = 2, 2
 """Pixels of the file per unit of the drawing; drawn this many times larger and reduced."""

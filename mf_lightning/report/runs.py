@@ -110,7 +110,7 @@ def read_run(folder: Path, name: str) -> Run:
     run.rows = _read_rows(folder / FIGURES_FILE, run.notes)
     run.curves = _read_curves(folder / CURVES_FILE, run.notes)
     run.config = _read_mapping(folder / CONFIG_FILE, yaml.safe_load, yaml.YAMLError, run.notes)
-    run.record = _read_mapping(folder / RECORD_FILE, json.loads, ValueError, run.notes) or {}
+    run.record = _checked(_read_mapping(folder / RECORD_FILE, json.loads, ValueError, run.notes) or {}, run.notes)
     run.grids = _read_grids(folder / "grids")
     if not run.rows and not run.curves:
         raise UserError(
@@ -235,6 +235,21 @@ def _read_mapping(file: Path, parse: Any, wrong: type[Exception], notes: list[st
         return content
     notes.append(f"{file.name} holds no settings and is left out.")
     return None
+
+
+def _checked(record: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Return the record with those sessions only whose times and steps are numbers."""
+    sessions = record.get("sessions")
+    good = [session for session in sessions if _is_session(session)] if isinstance(sessions, list) else []
+    if record and (not isinstance(sessions, list) or len(good) < len(sessions)):
+        notes.append(f"{RECORD_FILE} is damaged: what cannot be read of it is left out.")
+    return {**record, "sessions": good} if record else {}
+
+
+def _is_session(session: Any) -> bool:
+    if not isinstance(session, dict) or not isinstance(session.get("versions", {}), dict):
+        return False
+    return all(isinstance(session.get(name), int | float) for name in ("seconds", "from_step", "to_step"))
 
 
 def _read_grids(folder: Path) -> list[Grid]:

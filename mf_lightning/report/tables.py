@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,6 +17,7 @@ from mf_lightning.report.plots import Group, ema_name
 from mf_lightning.report.runs import Row, Run
 
 NOTHING = "–"
+BEHIND = ("Seconds per image", "Step")
 PACKAGES = ("torch", "lightning", "mf_lightning", "torch-fidelity", "torchmetrics", "timm", "diffusers", "numpy")
 
 
@@ -48,7 +50,7 @@ def figure_cell(value: float | None, metric: str, *, std: float | None = None, m
     """Return one figure's cell; ``marks`` holds "star" and "best"."""
     if value is None:
         return f'<td class="number">{NOTHING}</td>'
-    spread = "" if std is None else f" ± {exact(std)}"
+    spread = "" if std is None else f" ± {std:.2g}"
     at = "" if step is None else f" <small>step {step:,}</small>"
     star = '<span class="star" title="best of its column">★</span> ' if "star" in marks else ""
     shown = f"<b>{exact(value)}</b>" if marks else exact(value)
@@ -56,35 +58,45 @@ def figure_cell(value: float | None, metric: str, *, std: float | None = None, m
     return f'<td class="number" data-metric="{metric}" data-value="{value!r}"{own_step}>{star}{shown}{spread}{at}</td>'
 
 
-def figure_row(group: Group, row: Row, cells: Iterable[str], *, several: bool) -> str:
+@dataclass(frozen=True)
+class Columns:
+    """Which columns lead a table of figures: run and weights stand in front where there are several, else behind or nowhere."""
+
+    several_runs: bool
+    several_emas: bool
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Columns:
+        """Return the columns that tell these groups apart."""
+        return cls(len({group.run.name for group in groups}) > 1, len({group.ema for group in groups}) > 1)
+
+    def heads(self, metrics: Sequence[MetricInfo], behind: Sequence[str] = ()) -> list[str]:
+        """Return the column titles."""
+        front = ["NFE", *(["Run"] if self.several_runs else []), *(["Weights"] if self.several_emas else [])]
+        return [*front, *metric_heads(metrics), *behind, *([] if self.several_emas else ["Weights"])]
+
+    def row(self, group: Group, nfe: int, cells: Iterable[str], data: dict[str, Any]) -> str:
+        """Return a ``<tr>`` with ``data-`` attributes."""
+        attributes = "".join(
+            f' data-{key}="{escape(str(value), quote=True)}"'
+            for key, value in {"run": group.run.name, "nfe": nfe, "ema": _json_number(group.ema), **data}.items()
+        )
+        weights = f"<td>{escape(ema_name(group.ema))}</td>"
+        name = f"<td>{escape(group.run.name)}</td>" if self.several_runs else ""
+        front, back = (weights, "") if self.several_emas else ("", weights)
+        return f'<tr{attributes}><th scope="row">{nfe}</th>{name}{front}{"".join(cells)}{back}</tr>'
+
+
+def evaluation_row(columns: Columns, group: Group, row: Row, cells: Iterable[str]) -> str:
     """Return the ``<tr>`` of one evaluation at one NFE."""
     seconds = NOTHING if row.seconds is None else exact(row.seconds) + (" *" if row.seconds_from_rate else "")
-    attributes = {
-        "run": group.run.name,
-        "nfe": row.nfe,
-        "ema": "null" if group.ema is None else repr(group.ema),
-        "protocol": group.protocol_id,
-        "step": row.step,
-        "seconds": "" if row.seconds is None else repr(row.seconds),
-    }
-    data = "".join(f' data-{key}="{escape(str(value), quote=True)}"' for key, value in attributes.items())
-    return (
-        f'<tr{data}><th scope="row">{row.nfe}</th>{_run_cell(group, several)}{"".join(cells)}'
-        f'<td class="number">{seconds}</td><td class="number">{row.step:,}</td><td>{escape(ema_name(group.ema))}</td></tr>'
-    )
+    behind = [f'<td class="number">{seconds}</td>', f'<td class="number">{row.step:,}</td>']
+    data = {"protocol": group.protocol_id, "step": row.step, "seconds": _json_number(row.seconds)}
+    return columns.row(group, row.nfe, [*cells, *behind], data)
 
 
-def figure_head(metrics: Sequence[MetricInfo], *, several: bool) -> list[str]:
-    """Return the column titles of ``figure_row``."""
-    return ["NFE", *(["Run"] if several else []), *metric_heads(metrics), "Seconds per image", "Step", "Weights"]
-
-
-def _run_cell(group: Group, several: bool) -> str:
-    return f"<td>{escape(group.run.name)}</td>" if several else ""
-
-
-def _several(groups: Sequence[Group]) -> bool:
-    return len({group.run.name for group in groups}) > 1
+def _json_number(value: float | None) -> str:
+    return "null" if value is None else repr(value)
 
 
 def metric_heads(metrics: Sequence[MetricInfo]) -> list[str]:
@@ -100,7 +112,7 @@ def measured(groups: Sequence[Group]) -> list[MetricInfo]:
 def newest_table(groups: Sequence[Group], caption: str) -> str:
     """Return the figures of each group's newest step, by NFE; the groups are of one protocol."""
     pairs = sorted(((group, row) for group in groups for row in group.newest), key=lambda pair: pair[1].nfe)
-    metrics = measured(groups)
+    metrics, columns = measured(groups), Columns.of(groups)
 
     def value(pair: tuple[Group, Row], metric: str) -> float | None:
         return pair[1].figures.get(metric)
@@ -117,13 +129,13 @@ def newest_table(groups: Sequence[Group], caption: str) -> str:
             )
             for metric in metrics
         ]
-        rows.append(figure_row(group, row, cells, several=_several(groups)))
-    return table(figure_head(metrics, several=_several(groups)), rows, caption=caption, style="figures newest")
+        rows.append(evaluation_row(columns, group, row, cells))
+    return table(columns.heads(metrics, BEHIND), rows, caption=caption, style="figures newest")
 
 
 def best_table(groups: Sequence[Group], caption: str) -> str:
     """Return each figure's best over all steps, by NFE, with its step; the groups are of one protocol."""
-    metrics = measured(groups)
+    metrics, columns = measured(groups), Columns.of(groups)
     nfes = sorted({row.nfe for group in groups for row in group.rows})
     pairs = [(group, nfe) for nfe in nfes for group in groups if any(row.nfe == nfe for row in group.rows)]
     best = {
@@ -139,11 +151,8 @@ def best_table(groups: Sequence[Group], caption: str) -> str:
             cells.append(
                 figure_cell(row.figures[metric.name], metric.name, step=row.step) if row else figure_cell(None, metric.name)
             )
-        start = f'<tr data-run="{escape(group.run.name, quote=True)}" data-nfe="{nfe}"><th scope="row">{nfe}</th>'
-        end = f"<td>{escape(ema_name(group.ema))}</td></tr>"
-        rows.append(f"{start}{_run_cell(group, _several(groups))}{''.join(cells)}{end}")
-    head = ["NFE", *(["Run"] if _several(groups) else []), *metric_heads(metrics), "Weights"]
-    return table(head, rows, caption=caption, style="figures best")
+        rows.append(columns.row(group, nfe, cells, {"protocol": group.protocol_id}))
+    return table(columns.heads(metrics), rows, caption=caption, style="figures best")
 
 
 def _best(rows: list[Row], metric: MetricInfo) -> Row | None:
@@ -186,7 +195,7 @@ def chart_table(chart: Chart) -> str:
 
 def all_rows_table(groups: Sequence[Group]) -> str:
     """Return every evaluation of groups of one protocol."""
-    metrics = measured(groups)
+    metrics, columns = measured(groups), Columns.of(groups)
     rows = []
     for group in groups:
         for row in group.rows:
@@ -194,8 +203,8 @@ def all_rows_table(groups: Sequence[Group]) -> str:
                 figure_cell(row.figures.get(metric.name), metric.name, std=row.figures.get(f"{metric.name}_std"))
                 for metric in metrics
             ]
-            rows.append(figure_row(group, row, cells, several=_several(groups)))
-    return table(figure_head(metrics, several=_several(groups)), rows, style="figures every")
+            rows.append(evaluation_row(columns, group, row, cells))
+    return table(columns.heads(metrics, BEHIND), rows, style="figures every")
 
 
 def settings_table(names: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
@@ -233,13 +242,13 @@ def cost_table(runs: Sequence[Run]) -> str:
 
 
 def _cost(run: Run) -> dict[str, str]:
-    sessions = [session for session in run.record.get("sessions") or [] if isinstance(session, dict)]
+    sessions = run.record.get("sessions", [])
     unknown = "not recorded"
     last = sessions[-1] if sessions else {}
     newest = max([row.step for row in run.rows] + [points[-1][0] for points in run.curves.values()], default=0)
     steps = last.get("to_step", newest)
-    seconds = sum(float(session.get("seconds") or 0) for session in sessions)
-    trained = sum(int(session.get("to_step", 0)) - int(session.get("from_step", 0)) for session in sessions)
+    seconds = sum(session["seconds"] for session in sessions)
+    trained = sum(session["to_step"] - session["from_step"] for session in sessions)
     batch = last.get("batch_size") or _batch_size(run)
     devices = dict.fromkeys(f"{session.get('devices', '?')} x {session.get('device', '?')}" for session in sessions)
     parameters = run.record.get("parameters")
@@ -280,7 +289,7 @@ def versions_table(runs: Sequence[Run]) -> str:
     here = versions_here()
     recorded = []
     for run in runs:
-        sessions = [session for session in run.record.get("sessions") or [] if isinstance(session, dict)]
+        sessions = run.record.get("sessions", [])
         found: dict[str, list[str]] = {}
         for session in sessions:
             for name, value in (session.get("versions") or {}).items():
