@@ -9,7 +9,8 @@ from PIL import Image
 from mf_lightning.callbacks.sample_grid import tile, to_picture
 from mf_lightning.data.synthetic import seven_segment_digits
 from mf_lightning.metrics.extractor import Extractor
-from mf_lightning.metrics.fidelity import SampleQuality, inception_score, kid
+from mf_lightning.metrics.fidelity import SampleQuality, possible_metrics
+from mf_lightning.metrics.protocol import NAMES
 from mf_lightning.metrics.reference import compute_reference, load_reference, save_reference
 from mf_lightning.pixels import from_uint8, to_uint8
 from mf_lightning.types import UserError
@@ -24,7 +25,17 @@ def pictures(n: int, seed: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def extractor():
-    return Extractor("digits-cnn", class_layer="logits")
+    return Extractor("digits-cnn", class_layer="logits", score_layer="logits")
+
+
+def scored(extractor, reference, images, labels=None, *, batches=None, metrics=None):
+    """Return all figures that are possible of images, given in batches of numbers."""
+    conditional = labels is not None
+    chosen, _ = possible_metrics(metrics, extractor, reference, count=len(images), conditional=conditional, dinov2=None)
+    quality = SampleQuality(chosen, len(images), extractor, reference)
+    for index in [torch.arange(len(images))] if batches is None else batches:
+        quality.update(images[index], None if labels is None else labels[index], index)
+    return quality.compute()
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +54,18 @@ def folders(tmp_path_factory):
 def test_figures_equal_calculate_metrics_on_the_same_pngs(folders, extractor):
     (folder1, generated), (folder2, real) = folders
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(folder1), input2=str(folder2), cuda=False, fid=True, prc=True, kid=True, isc=True, kid_subset_size=100,
+        input1=str(folder1), input2=str(folder2), cuda=False, fid=True, prc=True, kid=True, isc=True, kid_subset_size=150,
         feature_extractor="digits-cnn", verbose=False, cache=False, save_cpu_ram=True, samples_shuffle=True,
     )  # fmt: skip
     reference = compute_reference(extractor, real.split(64), source="test")
-    quality = SampleQuality(extractor, reference)
-    for index in torch.arange(150).split(37):
-        quality.update(generated[index], None, index)
-    mine = quality.compute()
+    mine = scored(extractor, reference, generated, batches=torch.arange(150).split(37))
     assert mine["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     assert mine["precision"] == pytest.approx(theirs["precision"], rel=1e-6)
     assert mine["recall"] == pytest.approx(theirs["recall"], rel=1e-6)
     assert mine["class_accuracy"] is None
-    features = extractor.features(generated)
-    assert kid(features["96"], reference.features, subset_size=100) == pytest.approx(
-        theirs["kernel_inception_distance_mean"], rel=1e-6
-    )
-    assert inception_score(features["logits"]) == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    for name, their_name in (("kid", "kernel_inception_distance"), ("inception_score", "inception_score")):
+        assert mine[name] == pytest.approx(theirs[f"{their_name}_mean"], rel=1e-6)
+        assert mine[f"{name}_std"] == pytest.approx(theirs[f"{their_name}_std"], rel=1e-5)
 
 
 def test_figures_do_not_depend_on_batches_or_their_order(folders, extractor):
@@ -68,21 +74,17 @@ def test_figures_do_not_depend_on_batches_or_their_order(folders, extractor):
     labels = torch.arange(150) % 10
     found = []
     for order, size in ((torch.arange(150), 150), (torch.arange(149, -1, -1), 7)):
-        quality = SampleQuality(extractor, reference)
-        for index in order.split(size):
-            quality.update(generated[index], labels[index], index)
-        found.append(quality.compute())
-    assert found[0].keys() == found[1].keys()
-    for key, value in found[0].items():
-        assert value == pytest.approx(found[1][key], rel=1e-6), key
+        found.append(scored(extractor, reference, generated, labels, batches=order.split(size)))
+    assert set(found[0]) == {*NAMES, "kid_std", "inception_score_std"}
+    for key in ("fid", "kid", "inception_score", "precision", "recall", "class_accuracy"):
+        assert found[0][key] == pytest.approx(found[1][key], rel=1e-5), key  # features move in the last digit with the batch
     assert 0 <= found[0]["class_accuracy"] <= 1
-    same_bits = []
-    for parts in (torch.arange(150).split(50), torch.arange(150).split(50)[::-1]):
-        quality = SampleQuality(extractor, reference)
-        for index in parts:
-            quality.update(generated[index], labels[index], index)
-        same_bits.append(quality.compute()["fid"])
-    assert same_bits[0] == same_bits[1]  # sorted by number before anything is computed
+    same_images = [
+        scored(extractor, reference, generated, labels, batches=parts)
+        for parts in (torch.arange(150).split(50), torch.arange(150).split(50)[::-1])
+    ]
+    for key in ("fid", "kid", "inception_score", "precision", "recall", "class_accuracy"):
+        assert same_images[0][key] == pytest.approx(same_images[1][key], rel=1e-9), key
 
 
 def test_class_accuracy_counts_what_was_asked_for(extractor):
@@ -91,12 +93,10 @@ def test_class_accuracy_counts_what_was_asked_for(extractor):
     digits = load_digits()["val"]
     images, labels = torch.from_numpy(digits.images), torch.from_numpy(digits.labels)
     reference = compute_reference(extractor, [images], source="test")
-    right, wrong = SampleQuality(extractor, reference), SampleQuality(extractor, reference)
-    right.update(images, labels, torch.arange(500))
-    wrong.update(images, (labels + 1) % 10, torch.arange(500))
-    assert right.compute()["class_accuracy"] >= 0.98  # the shipped extractor on held-out digits
-    assert wrong.compute()["class_accuracy"] < 0.02
-    assert abs(right.compute()["fid"]) < 1e-3
+    right = scored(extractor, reference, images, labels)
+    assert right["class_accuracy"] >= 0.98  # the shipped extractor on held-out digits
+    assert scored(extractor, reference, images, (labels + 1) % 10)["class_accuracy"] < 0.02
+    assert abs(right["fid"]) < 1e-3
 
 
 def test_reference_there_and_back(tmp_path, extractor):
@@ -113,17 +113,15 @@ def test_reference_there_and_back(tmp_path, extractor):
 def test_reference_of_other_projects_has_no_features(tmp_path, extractor):
     np.savez(tmp_path / "adm.npz", mu=np.zeros(96), sigma=np.eye(96))
     reference = load_reference(tmp_path / "adm.npz", extractor)
-    quality = SampleQuality(extractor, reference)
-    quality.update(pictures(120, 4), None, torch.arange(120))
-    figures = quality.compute()
+    figures = scored(extractor, reference, pictures(120, 4))
     assert figures["fid"] > 0
-    assert figures["precision"] is None
+    assert figures["precision"] is figures["recall"] is figures["kid"] is None
 
 
 def test_references_are_checked(tmp_path, extractor):
     with pytest.raises(UserError, match="no file"):
         load_reference(tmp_path / "absent.npz", extractor)
-    np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2))
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UserError, match="2048 features, expected 96"):
         load_reference(tmp_path / "wide.npz", extractor)
     np.savez(tmp_path / "empty.npz", x=np.zeros(3))

@@ -86,6 +86,7 @@ def test_a_run_without_figures_has_its_curves(tmp_path):
     (run / "sample_eval.jsonl").unlink()
     html = write_report([run])[0].read_text()
     assert "No figures of generated images were measured" in html
+    assert "Nothing to show: no evaluation has run yet" in html
     assert 'data-chart="raw_error"' in html
 
 

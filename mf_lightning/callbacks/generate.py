@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,10 @@ class Images:
     """(B,) int64, CPU: the images' numbers."""
     nfe: int
     """Network passes that each image took, counted."""
+    num_steps: int
+    """Jumps of the sampler that made them."""
+    seconds: float | None
+    """Network and decoder, for this batch, if it was asked for."""
 
 
 def choose_labels(scheme: LabelScheme, index: Tensor, *, num_classes: int, seed: int) -> Tensor | None:
@@ -71,15 +75,16 @@ def generate(
     pl_module: LightningModule,
     index: Tensor,
     *,
-    num_steps: int,
+    num_steps: int | Sequence[int],
     ema: float | None,
     seed: int,
     labels: LabelScheme,
     batch_size: int,
     everywhere: bool = False,
     progress: bool = True,
+    timed: Callable[[int], bool] = lambda batch: False,
 ) -> Iterator[Images]:
-    """Yield this process's share of the pictures of the given numbers, batch by batch.
+    """Yield this process's share of the pictures of the given numbers, batch by batch, each for every number of steps.
 
     Every process calls it, with the same numbers: they call the network equally often, as a sharded one must be.
 
@@ -87,14 +92,16 @@ def generate(
         trainer: gives precision, EMA callback and data module.
         pl_module: its network draws.
         index: numbers of the images that all processes make together, dealt to them in turn, (N,) int64.
-        num_steps: jumps of the sampler.
+        num_steps: jumps of the sampler, or several numbers of them, which share noise and labels.
         ema: decay of the average to use; None is the raw weights.
         seed: with an image's number it decides noise and, where uniform, label.
         labels: "balanced" or "uniform".
         batch_size: images at a time on each process; the pictures do not depend on it.
         everywhere: every process makes all of them.
         progress: show a bar on the first process.
+        timed: asked before each batch, 0, 1, ..., whether to measure its seconds, for which the device is waited for.
     """
+    all_steps = [num_steps] if isinstance(num_steps, int) else list(num_steps)
     net, data = pl_module.net, trainer.datamodule
     num_classes = net.y_null or 0
     dtype = next(net.parameters()).dtype
@@ -104,11 +111,10 @@ def generate(
     net.eval()
     rank, processes = (0, 1) if everywhere else (trainer.global_rank, trainer.world_size)
     mine, largest = index[rank::processes], -(-len(index) // processes)
-    bar = tqdm(total=len(mine), desc=f"Sampling NFE {num_steps}, {weights}", unit="img", leave=False, disable=not show)
+    bar = tqdm(total=len(mine) * len(all_steps), unit="img", leave=False, disable=not show)
     try:
         with bar, find_ema(trainer).applied(pl_module, ema):
-            for start in range(0, largest, batch_size):
-                poll(trainer)
+            for number, start in enumerate(range(0, largest, batch_size)):
                 part = mine[start : start + batch_size]
                 # others may have one more, and compiled graphs have one size: filled up with images that are thrown away
                 size = min(batch_size, largest if pl_module.compiled else largest - start)
@@ -118,14 +124,20 @@ def generate(
                     seed, Stream.SAMPLE_NOISE, step=0, rows=on_device, shape=data.latent_spec.shape, dtype=dtype
                 )
                 y = choose_labels(labels, on_device, num_classes=num_classes, seed=seed)
-                counted = CountedPasses(pl_module.generator)
-                with trainer.precision_plugin.forward_context():
-                    latents = sample(counted, noise, y=y, grid=time_grid(num_steps))
                 kept = slice(0, len(part))
                 labels_kept = None if y is None else y[kept]
-                if len(part):
-                    yield Images(data.decode(latents[kept]), labels_kept, part, counted.passes)
-                bar.update(len(part))
+                for steps in all_steps:
+                    poll(trainer)
+                    bar.set_description(f"Sampling NFE {steps} of {', '.join(map(str, all_steps))}; {weights}", refresh=False)
+                    watch = Stopwatch(pl_module.device) if timed(number) else None
+                    counted = CountedPasses(pl_module.generator)
+                    with trainer.precision_plugin.forward_context():
+                        latents = sample(counted, noise, y=y, grid=time_grid(steps))
+                    if len(part):
+                        pixels = data.decode(latents[kept])
+                        seconds = None if watch is None else watch.seconds()
+                        yield Images(pixels, labels_kept, part, counted.passes, steps, seconds)
+                    bar.update(len(part))
     finally:
         net.train(was_training)
 

@@ -9,11 +9,19 @@ from torch import Tensor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from mf_lightning.metrics import digits_cnn
+from mf_lightning.metrics import digits_cnn, dinov2
 from mf_lightning.types import UserError
 
 if digits_cnn.NAME not in FEATURE_EXTRACTORS_REGISTRY:
     register_feature_extractor(digits_cnn.NAME, digits_cnn.FeatureExtractorDigits)
+for _name in dinov2.MODELS:
+    FEATURE_EXTRACTORS_REGISTRY[_name] = dinov2.FeatureExtractorDinoV2File
+
+SPATIAL = "spatial"
+"""Layer of sFID: the first 7 channels of the first branch of Inception's third 17x17 block, 17 x 17 x 7 = 2,023 features."""
+SPATIAL_CHANNELS = 7
+_BEHIND_SPATIAL = ("768", "2048", "logits_unbiased", "logits")
+_SPATIAL_BLOCK = "Mixed_6d"  # "mixed_6" of the TensorFlow graph, whose tensor "mixed_6/conv:0" ADM's evaluator reads
 
 
 class Extractor:
@@ -23,14 +31,25 @@ class Extractor:
         name: ``inception-v3-compat`` (the field's FID), ``digits-cnn`` (the quickstart's), or any registered name.
         weights: file of weights; null takes the extractor's own, which most download on first use.
         layer: features for FID, precision, recall and KID; null is the extractor's default (2048 for Inception).
-        class_layer: layer of class logits, for class accuracy and Inception Score; null does without.
+        class_layer: layer of class logits, for class accuracy; null does without.
+        score_layer: layer of class logits for the Inception Score; null does without.
+        spatial: also return sFID's features as layer "spatial", flattened in the order height, width, channel as ADM does.
+        option: group of options that messages name.
 
     Raises:
         UserError: unknown name or layer, weights that are missing, unreadable or cannot be downloaded.
     """
 
     def __init__(
-        self, name: str, *, weights: str | None = None, layer: str | None = None, class_layer: str | None = None
+        self,
+        name: str,
+        *,
+        weights: str | None = None,
+        layer: str | None = None,
+        class_layer: str | None = None,
+        score_layer: str | None = None,
+        spatial: bool = False,
+        option: str = "sample_eval.extractor_weights",
     ) -> None:
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
@@ -39,7 +58,17 @@ class Extractor:
         self.name = name
         self.layer = kind.get_default_feature_layer_for_metric("fid") if layer is None else layer
         self.class_layer = class_layer
-        self.layers = list(dict.fromkeys([self.layer] if class_layer is None else [self.layer, class_layer]))
+        self.score_layer = score_layer
+        self.spatial = spatial
+        self.option = option
+        self.layers = list(dict.fromkeys(layer for layer in (self.layer, class_layer, score_layer) if layer is not None))
+        if spatial and not self.provides_spatial(name):
+            raise UserError(
+                f"Got sFID with the feature extractor '{name}', expected an Inception: its features are a layer of that "
+                "network. Leave sfid out of the metrics."
+            )
+        if spatial and not set(self.layers) & set(_BEHIND_SPATIAL):  # the network stops at the last layer that is asked for
+            self.layers.append(_BEHIND_SPATIAL[0])
         unknown = [layer for layer in self.layers if layer not in kind.get_provided_features_list()]
         if unknown:
             provided = ", ".join(kind.get_provided_features_list())
@@ -47,8 +76,25 @@ class Extractor:
         if weights is not None and not Path(weights).is_file():
             raise UserError(f"Got the extractor weights '{weights}', which is no file, expected weights of '{name}'.")
         self.net = self._create(weights)
+        self._seen: Tensor | None = None
+        if spatial:
+            getattr(self.net, _SPATIAL_BLOCK).branch1x1.register_forward_hook(self._keep_spatial)
         self.device = torch.device("cpu")
         self.dim: int = self._probe_dim()
+
+    @staticmethod
+    def provides_spatial(name: str) -> bool:
+        """Tell whether an extractor has sFID's layer."""
+        return name == "inception-v3-compat"
+
+    @staticmethod
+    def default_score_layer(name: str) -> str | None:
+        """Return the layer that torch-fidelity's Inception Score reads; None of an extractor without class logits."""
+        layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("isc")
+        return layer if "logits" in layer else None
+
+    def _keep_spatial(self, module, inputs, output: Tensor) -> None:
+        self._seen = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).to(torch.float32)
 
     def _create(self, weights: str | None):
         from pickle import UnpicklingError
@@ -61,11 +107,11 @@ class Extractor:
                 self.name, self.layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
             )
         except (URLError, OSError, RuntimeError, UnpicklingError, ImportError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = " ".join(str(error).split())[:200] if str(error) else type(error).__name__
             where = "its default weights, which are downloaded" if weights is None else f"weights from '{weights}'"
             raise UserError(
                 f"Got no feature extractor '{self.name}' with {where} ({reason}), expected weights to evaluate with. Give "
-                "a local file as sample_eval.extractor_weights, or turn evaluation off with sample_eval.num_samples=0."
+                f"a local file as {self.option}, or do without the figures that need them."
             ) from error
 
     def _probe_dim(self) -> int:
@@ -89,4 +135,5 @@ class Extractor:
                 f"Got {images.dtype} images of shape {tuple(images.shape)}, expected uint8 of shape (B, 1 or 3, H, W)."
             )
         rgb = images.expand(-1, 3, -1, -1).to(self.device)
-        return self.net.convert_features_tuple_to_dict(self.net(rgb))
+        found = dict(self.net.convert_features_tuple_to_dict(self.net(rgb)))
+        return {**found, SPATIAL: self._seen} if self.spatial else found

@@ -1,99 +1,205 @@
-"""FID and friends: torch-fidelity's formulas behind torchmetrics' state handling.
+"""FID and friends: torch-fidelity's formulas on sums and blocks, so that memory does not grow with the number of images.
 
-Features are kept with the number of their image and sorted by it before anything is computed, so a figure depends neither
-on batch size nor on how images were spread over devices.
+Every image has a number, and process ``i mod world size`` has image i: figures depend neither on batch size nor on how many
+processes share the images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torch_fidelity.metric_kid import kernel_mmd
 
-from mf_lightning.metrics.extractor import Extractor
+from mf_lightning.metrics.extractor import SPATIAL, Extractor
+from mf_lightning.metrics.neighbours import NEIGHBOURS, precision_recall
+from mf_lightning.metrics.processes import summed, world
+from mf_lightning.metrics.protocol import NAMES
 from mf_lightning.metrics.reference import Reference
+from mf_lightning.metrics.score import SPLITS, ScoreSums
+from mf_lightning.metrics.store import FeatureStore
+from mf_lightning.metrics.sums import FeatureSums
 
 KID_SUBSETS, KID_SUBSET_SIZE, RNG_SEED = 100, 1000, 2020
-"""torch-fidelity's defaults."""
+"""torch-fidelity's defaults; with fewer images than a subset has, subsets are as large as the smaller set."""
+NEED_FEATURES = ("kid", "precision", "recall")
+"""Figures that need features of the real images one by one."""
 
 
-def fid(features: Tensor, reference: Reference) -> float:
-    """Return the Frechet distance of features, (N, D), to the reference (torch-fidelity 0.4.0, ``metric_fid``)."""
-    mine = {key: value.astype(np.float64) for key, value in fid_features_to_statistics(features).items()}
-    theirs = {"mu": reference.mu, "sigma": reference.sigma}
+def frechet(mu: np.ndarray, sigma: np.ndarray, mu_real: np.ndarray, sigma_real: np.ndarray) -> float:
+    """Return the Frechet distance of two normals with means, (D,), and covariances, (D, D) (torch-fidelity, ``metric_fid``)."""
+    mine, theirs = {"mu": mu, "sigma": sigma}, {"mu": mu_real, "sigma": sigma_real}
     return fid_statistics_to_metric(mine, theirs, verbose=False)["frechet_inception_distance"]
 
 
-def precision_recall(features: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return precision and recall, each in [0, 1], of generated against real features, (N, D) and (M, D)."""
-    found = prc_features_to_metric(features, reference, save_cpu_ram=True, verbose=False)
-    return found["precision"], found["recall"]
+def kid_subset_size(count: int, reference: Reference) -> int:
+    """Return the size of KID's subsets: torch-fidelity's 1,000, or all images of the smaller set."""
+    return min(KID_SUBSET_SIZE, count, len(reference.features))
 
 
-def kid(features: Tensor, reference: Tensor, *, subset_size: int = KID_SUBSET_SIZE) -> float:
-    """Return the mean kernel distance over torch-fidelity's 100 random subsets, (N, D) and (M, D) features."""
-    found = kid_features_to_metric(
-        features, reference, kid_subsets=KID_SUBSETS, kid_subset_size=subset_size, rng_seed=RNG_SEED, verbose=False
-    )
-    return found["kernel_inception_distance_mean"]
+def fid(features: Tensor, reference: Reference) -> float:
+    """Return the Frechet distance of features, (N, D), to the reference."""
+    sums = FeatureSums(len(reference.mu), centre=reference.mu)
+    sums.update(features)
+    return frechet(*sums.statistics(), reference.mu, reference.sigma)
 
 
 def inception_score(logits: Tensor) -> float:
     """Return the mean Inception Score over ten shuffled splits of class logits, (N, K)."""
-    found = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=RNG_SEED)
-    return found["inception_score_mean"]
+    sums = ScoreSums(*logits.shape)
+    sums.update(torch.arange(len(logits)), logits)
+    return sums.compute()[0]
 
 
-class SampleQuality(Metric):
-    """Quality of generated images against a reference: ``fid``, ``precision``, ``recall``, ``class_accuracy``.
+def kid(
+    rows: Callable[[np.ndarray], Tensor], count: int, real: Tensor, *, subset_size: int = KID_SUBSET_SIZE
+) -> tuple[float, float]:
+    """Return mean and standard deviation of the kernel distance over 100 random subsets (torch-fidelity, ``metric_kid``).
 
-    Precision and recall need a reference with features, class accuracy an extractor with a class layer and conditional
-    samples; where these are missing the value is None.
+    Each process computes some of the subsets; every process calls it.
 
     Args:
+        rows: numbers of images, (B,) => their features, (B, D).
+        count: generated images.
+        real: features, (M, D).
+        subset_size: images in a subset; fewer if a set has fewer.
+    """
+    size = min(subset_size, count, len(real))
+    random, found = np.random.RandomState(RNG_SEED), torch.zeros(KID_SUBSETS, dtype=torch.float64)
+    rank, processes = world()
+    theirs = real.numpy()
+    for subset in range(KID_SUBSETS):
+        mine, other = (random.choice(n, size, replace=False) for n in (count, len(real)))
+        ours = rows(mine)
+        if subset % processes == rank:
+            found[subset] = float(kernel_mmd(ours.numpy(), theirs[other]))
+    found = summed(found)
+    return found.mean().item(), found.std(correction=0).item()
+
+
+class SampleQuality:
+    """Figures of generated images against a reference, each image given once, on the process that has its number.
+
+    Args:
+        metrics: names of ``mf_lightning.metrics.protocol.METRICS``.
+        count: images of all processes.
         extractor: uint8 images => features.
         reference: statistics of the real images.
+        dinov2: extractor of "fd_dinov2".
     """
 
-    full_state_update = False
-    index: list[Tensor]
-    features: list[Tensor]
-    correct: list[Tensor]
-
-    def __init__(self, extractor: Extractor, reference: Reference) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.reference = reference
-        for state in ("index", "features", "correct"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+    def __init__(
+        self, metrics: list[str], count: int, extractor: Extractor, reference: Reference, *, dinov2: Extractor | None = None
+    ) -> None:
+        self.metrics, self.count = metrics, count
+        self.extractor, self.reference, self.dinov2 = extractor, reference, dinov2
+        self.sums: dict[str, FeatureSums] = {}
+        for name, statistics in (("fid", reference), ("sfid", reference.spatial), ("fd_dinov2", reference.dinov2)):
+            if name in metrics:
+                self.sums[name] = FeatureSums(len(statistics.mu), centre=statistics.mu)
+        stored = any(name in metrics for name in NEED_FEATURES)
+        self.store = FeatureStore(count, extractor.dim) if stored else None
+        self.score: ScoreSums | None = None
+        self.correct = self.asked = 0
 
     def update(self, images: Tensor, labels: Tensor | None, index: Tensor) -> None:
         """Add uint8 images, (B, c, H, W), the labels asked for, (B,) or None, and the images' numbers, (B,)."""
         found = self.extractor.features(images)
-        device = self.device
-        self.index.append(index.to(device))
-        self.features.append(found[self.extractor.layer].to(device))
-        if labels is not None and self.extractor.class_layer is not None:
-            hit = found[self.extractor.class_layer].argmax(dim=1).to(device) == labels.to(device)
-            self.correct.append(hit.to(torch.float32))
+        for name, layer in (("fid", self.extractor.layer), ("sfid", SPATIAL)):
+            if name in self.sums:
+                self.sums[name].update(found[layer])
+        if "fd_dinov2" in self.sums:
+            self.sums["fd_dinov2"].update(self.dinov2.features(images)[self.dinov2.layer])
+        if self.store is not None:
+            self.store.add(index, found[self.extractor.layer])
+        if "inception_score" in self.metrics:
+            logits = found[self.extractor.score_layer]
+            if self.score is None:
+                self.score = ScoreSums(self.count, logits.shape[1])
+            self.score.update(index, logits)
+        if "class_accuracy" in self.metrics and labels is not None:
+            self.correct += int((found[self.extractor.class_layer].argmax(dim=1).cpu() == labels.cpu()).sum())
+            self.asked += len(labels)
 
     def compute(self) -> dict[str, float | None]:
-        """Return each figure over the images of all processes."""
-        order = torch.argsort(dim_zero_cat(self.index))
-        features = dim_zero_cat(self.features)[order].cpu()
-        precision = recall = None
-        if self.reference.features is not None:
-            precision, recall = precision_recall(features, self.reference.features)
-        correct = dim_zero_cat(self.correct) if len(self.correct) else None
-        return {
-            "fid": fid(features, self.reference),
-            "class_accuracy": None if correct is None else correct.double().mean().item(),
-            "precision": precision,
-            "recall": recall,
-        }
+        """Return each figure over the images of all processes, None for one that was not asked for; every process calls it."""
+        figures: dict[str, float | None] = dict.fromkeys((*NAMES, "kid_std", "inception_score_std"))
+        for name, statistics in (
+            ("fid", self.reference),
+            ("sfid", self.reference.spatial),
+            ("fd_dinov2", self.reference.dinov2),
+        ):
+            if name in self.sums:
+                mu, sigma = self.sums[name].over_processes().statistics()
+                figures[name] = frechet(mu, sigma, statistics.mu, statistics.sigma)
+        if "kid" in self.metrics:
+            figures["kid"], figures["kid_std"] = kid(self.store.rows, self.count, self.reference.features)
+        if "precision" in self.metrics or "recall" in self.metrics:
+            both = dict(zip(("precision", "recall"), precision_recall(self.store, self.reference.features), strict=True))
+            figures.update({name: value for name, value in both.items() if name in self.metrics})
+        if "inception_score" in self.metrics:
+            figures["inception_score"], figures["inception_score_std"] = self._score().compute()
+        if "class_accuracy" in self.metrics:
+            correct, asked = summed(torch.tensor([self.correct, self.asked])).tolist()
+            figures["class_accuracy"] = correct / asked if asked else None
+        return figures
+
+    def _score(self) -> ScoreSums:
+        """Return the sums, empty ones on a process that had no image."""
+        if self.score is None:
+            images = self.extractor.net.get_dummy_input_for_compile()
+            self.score = ScoreSums(self.count, self.extractor.features(images)[self.extractor.score_layer].shape[1])
+        return self.score
+
+
+def possible_metrics(
+    asked: list[str] | None,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    count: int,
+    conditional: bool,
+    dinov2: Extractor | None,
+) -> tuple[list[str], dict[str, str]]:
+    """Return which figures can be computed, and why others cannot.
+
+    Args:
+        asked: names; None takes all that can be.
+        extractor: with its layers.
+        reference: with or without features.
+        count: images that will be made.
+        conditional: whether images are made of a class.
+        dinov2: extractor of "fd_dinov2".
+    """
+    checks = {
+        "sfid": [
+            (extractor.spatial, f"{extractor.name} has no such layer"),
+            (reference.spatial is not None, f"{reference.name} holds no mu_s and sigma_s"),
+        ],
+        "fd_dinov2": [
+            (dinov2 is not None, "sample_eval.dinov2 is null"),
+            (reference.dinov2 is not None, f"{reference.name} holds no mu_dinov2 and sigma_dinov2"),
+        ],
+        "inception_score": [
+            (extractor.score_layer is not None, f"{extractor.name} has no class logits"),
+            (count >= SPLITS, f"fewer than {SPLITS} images"),
+        ],
+        "class_accuracy": [
+            (extractor.class_layer is not None, "sample_eval.class_layer is null"),
+            (conditional, "images have no class"),
+        ],
+    }
+    for name in NEED_FEATURES:
+        checks[name] = [
+            (reference.has_features, f"{reference.name} holds mu and sigma, but no features of single images"),
+            (count > NEIGHBOURS, f"fewer than {NEIGHBOURS + 1} images"),
+        ]
+    off = {}
+    for name in NAMES if asked is None else asked:
+        reasons = [why for good, why in checks.get(name, []) if not good]
+        if reasons:
+            off[name] = reasons[0]
+    return [name for name in NAMES if (asked is None or name in asked) and name not in off], off

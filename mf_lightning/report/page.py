@@ -106,9 +106,7 @@ def _what(key: str, name: str, some: Sequence[Group]) -> str:
 
 def _figures(runs: Sequence[Run]) -> str:
     if not any(run.rows for run in runs):
-        return (
-            "<p>No figures of generated images were measured: no evaluation has run yet, or sample_eval.num_samples is 0.</p>"
-        )
+        return "<p>Nothing to show: no evaluation has run yet, or sample_eval.num_samples is 0.</p>"
     parts = [
         '<p class="muted">↓ lower is better, ↑ higher is better. <span class="star">★</span> best of its column; '
         "<b>bold</b> without a star: best at its NFE. Figures of different protocols do not compare: each protocol has a "

@@ -19,8 +19,8 @@ MOST_POINTS = 200
 """A longer curve is drawn as means over equal spans of steps."""
 STEP = "training step"
 DIAGNOSTICS = (
-    ("raw_error", "Raw error: squared distance to the target", "summed over pixels (lower is better)"),
-    ("velocity_error", "Velocity error: squared distance to e - x", "summed over pixels (lower is better)"),
+    ("raw_error", "Raw error", "squared, summed over pixels (lower is better)"),
+    ("velocity_error", "Velocity error", "squared, summed over pixels (lower is better)"),
     ("dudt_norm", "Size of du/dt", "|du/dt|, mean over rows with r < t"),
     ("grad_norm", "Gradient norm", "gradient norm before clipping"),
     ("loss", "Weighted loss", "loss after the adaptive weight"),
