@@ -9,6 +9,7 @@ from jsonargparse import auto_cli
 
 from mf_lightning.tools.adopt import adopt
 from mf_lightning.tools.consolidate import consolidate
+from mf_lightning.tools.dashboard import dashboard
 from mf_lightning.tools.digits import prepare_digits
 from mf_lightning.tools.encode import encode
 from mf_lightning.tools.heartbeat import heartbeat
@@ -33,6 +34,7 @@ def main(args: list[str] | None = None) -> None:
             "heartbeat": heartbeat,
             "consolidate": consolidate,
             "report": report,
+            "dashboard": dashboard,
         }
         auto_cli(commands, args=args, prog="python -m mf_lightning")
     except (UserError, ImportError) as error:

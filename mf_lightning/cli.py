@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from mf_lightning.callbacks import (
@@ -31,6 +32,8 @@ from mf_lightning.callbacks import (
     SampleWriter,
     SelfCheck,
     SpikeLog,
+    Throughput,
+    WandbLog,
 )
 from mf_lightning.callbacks.preemption import listen_for_good
 from mf_lightning.checkpoints import LAST, newest_good
@@ -146,6 +149,10 @@ class MeanFlowCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, and meet the other processes of a torchrun job."""
         trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(Throughput())  # behind those that write checkpoints
+        if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):  # behind what is logged
+            parser, config = self._parser(self.subcommand), self.config.get(str(self.subcommand), self.config)
+            trainer.callbacks.append(WandbLog(yaml.safe_load(parser.dump(config, skip_none=False))))
         trainer.callbacks.append(Liveness())
         meet(trainer.strategy)
         return trainer

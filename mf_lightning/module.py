@@ -17,6 +17,7 @@ from mf_lightning.flow.jvp import choose_jvp
 from mf_lightning.flow.meanflow import MeanFlowLoss
 from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator, prepare_compiler
 from mf_lightning.flow.rows import Draw
+from mf_lightning.metrics.by_time import ErrorByTime
 from mf_lightning.optim import clip_gradients, compile_step, plain_states
 from mf_lightning.sharding import is_sharded
 from mf_lightning.types import AverageVelocity, LatentBatch, LatentSpec, LossTerms, UserError
@@ -76,6 +77,7 @@ class MeanFlowModule(LightningModule):
         self.last_draw: Draw | None = None
         """Its times, noise and label drops."""
         self._loaded_steps = 0
+        self._by_time = ErrorByTime()
 
     @property
     def trained_steps(self) -> int:
@@ -187,7 +189,24 @@ class MeanFlowModule(LightningModule):
         """Log the loss of the raw weights at times and noise fixed by (seed, sample)."""
         draw = self.loss.draw_validation(batch.x, batch.index, seed=self.seed)
         terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null, passes=self.plain_passes)
-        self._log_terms(stage, terms, counted=batch.row >= 0, jumps=draw.r < draw.t)
+        counted = batch.row >= 0
+        self._log_terms(stage, terms, counted=counted, jumps=draw.r < draw.t)
+        self._by_time.add(draw.t, counted, raw_error=terms.raw_error, velocity_error=terms.velocity_error)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the errors of the validation before."""
+        self._by_time = ErrorByTime()
+
+    def on_validation_epoch_end(self, stage: str = "val") -> None:
+        """Log errors by bin of t, over the rows of all processes."""
+        means = self._by_time.means(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        self.log_dict({f"{stage}/{name}": value for name, value in means.items()})
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_test_epoch_end(self) -> None:
+        """As validation."""
+        self.on_validation_epoch_end(stage="test")
 
     def test_step(self, batch: LatentBatch, batch_idx: int) -> None:
         """As validation; the images that `test` scores come from the evaluation callback."""

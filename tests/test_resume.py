@@ -61,7 +61,7 @@ def run(root: Path, *, every_n_steps: int = 1, resume: str | None = None, preemp
 def logs(root: Path) -> tuple[list[dict], list[dict]]:
     """Return the rows of metrics.csv, and the lines of sample_eval.jsonl without their timing."""
     with (root / "metrics.csv").open() as stream:
-        metrics = [{key: value for key, value in row.items() if value} for row in csv.DictReader(stream)]
+        metrics = [{k: v for k, v in row.items() if v and k != "train/images_per_s"} for row in csv.DictReader(stream)]
     figures = [json.loads(line) for line in (root / "sample_eval.jsonl").read_text().splitlines()]
     return metrics, [{key: value for key, value in row.items() if key != "images_per_s"} for row in figures]
 

@@ -148,7 +148,7 @@ def two_nodes() -> Iterator[list[tuple[list[str], str, str]]]:
 
 
 def numbers(row: dict[str, str]) -> dict[str, float]:
-    return {key: float(value) for key, value in row.items() if value}
+    return {key: float(value) for key, value in row.items() if value and key != "train/images_per_s"}
 
 
 def seen(root: Path) -> tuple[list[dict], list[dict], dict[str, torch.Tensor]]:

@@ -13,7 +13,10 @@ from mf_lightning.callbacks.sample_grid import SampleGrid
 from mf_lightning.callbacks.sample_writer import SampleWriter
 from mf_lightning.callbacks.self_check import SelfCheck
 from mf_lightning.callbacks.spikes import SpikeLog
+from mf_lightning.callbacks.throughput import Throughput
 from mf_lightning.callbacks.training_bar import TrainingBar
+from mf_lightning.callbacks.wandb_log import WandbLog
+from mf_lightning.callbacks.wandb_logger import SafeWandbLogger
 
 __all__ = [
     "EMA",
@@ -27,10 +30,13 @@ __all__ = [
     "Preempted",
     "Preemption",
     "RunSummary",
+    "SafeWandbLogger",
     "SampleEval",
     "SampleGrid",
     "SampleWriter",
     "SelfCheck",
     "SpikeLog",
+    "Throughput",
     "TrainingBar",
+    "WandbLog",
 ]

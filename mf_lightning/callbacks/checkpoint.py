@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mf_lightning.callbacks.csv_log import MetricsCSV
 from mf_lightning.callbacks.preemption import Preempted
+from mf_lightning.callbacks.sample_eval import SampleEval
 from mf_lightning.checkpoints import LAST, read_checkpoint, tidy, write_checkpoint
 from mf_lightning.types import UserError
 
@@ -199,7 +200,8 @@ def _finish_writing(trainer: Trainer) -> None:
 class BestCheckpoint(ModelCheckpoint):
     """Keep the checkpoint whose FID at one NFE is lowest: the best for one step is often not the best for two.
 
-    It acts where evaluation scores that NFE, and rests where evaluation is off or compares other counts.
+    It acts where evaluation scores that NFE, and rests where evaluation is off or compares other counts. Under another protocol
+    than before (a resumed run with more images, another reference) the comparison begins anew.
 
     Args:
         folder: where ``best_nfe1.ckpt`` is written.
@@ -214,11 +216,29 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+        self.protocol: str | None = None
+        """Id of the protocol under which the best so far was measured."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare and save, where the figure was logged."""
-        if self.monitor in trainer.callback_metrics:
-            super().on_validation_end(trainer, pl_module)
+        if self.monitor not in trainer.callback_metrics:
+            return
+        made = [row["protocol_id"] for c in trainer.callbacks if isinstance(c, SampleEval) for row in c.rows[-1:]]
+        now = made[0] if made else None
+        if self.protocol not in (None, now) and not trainer.sanity_checking:
+            self.best_k_models, self.kth_best_model_path, self.kth_value = {}, "", torch.tensor(torch.inf)
+            self.best_model_path, self.best_model_score = "", None
+        self.protocol = now
+        super().on_validation_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return Lightning's state and the protocol."""
+        return {**super().state_dict(), "protocol": self.protocol}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back; checkpoints of earlier versions hold no protocol."""
+        self.protocol = state_dict.get("protocol")
+        super().load_state_dict(state_dict)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
