@@ -12,14 +12,26 @@ from mf_lightning.autoencoders import PixelAutoencoder
 from mf_lightning.callbacks.sample_grid import to_picture
 from mf_lightning.cli import configs_dir, main
 from mf_lightning.data import SevenSegmentDataModule
+from mf_lightning.metrics.protocol import NAMES
 from mf_lightning.types import UserError
 from tests.runs import RECIPES, command_line, error_of, lines
 
 SMOKE = ("--config", RECIPES / "smoke.yaml")
-KEYS = {"step", "ema", "nfe", "fid", "class_accuracy", "precision", "recall", "images_per_s", "protocol"}
+KEYS = {
+    "step",
+    "ema",
+    "nfe",
+    *NAMES,
+    "kid_std",
+    "inception_score_std",
+    "images_per_s",
+    "seconds_per_image",
+    "protocol",
+    "protocol_id",
+}
 PROTOCOL = {
     "extractor", "layer", "resize", "reference", "labels", "autoencoder", "rounding", "num_samples", "seed", "precision",
-    "ema", "nfe",
+    "ema", "nfe", "kid_subset_size", "dinov2",
 }  # fmt: skip
 
 
@@ -65,6 +77,9 @@ def test_sample_eval_lines(smoke):
         assert 0 <= row["class_accuracy"] <= 1
         assert row["fid"] > 0
         assert row["images_per_s"] > 0
+        assert row["seconds_per_image"] > 0
+        assert row["kid"] > 0
+        assert row["sfid"] is row["fd_dinov2"] is None
 
 
 def test_metrics_are_logged(smoke):

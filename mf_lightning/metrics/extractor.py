@@ -89,7 +89,9 @@ class Extractor:
 
     @staticmethod
     def default_score_layer(name: str) -> str | None:
-        """Return the layer that torch-fidelity's Inception Score reads; None of an extractor without class logits."""
+        """Return the layer that torch-fidelity's Inception Score reads; None of an unknown one and one without class logits."""
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            return None
         layer = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric("isc")
         return layer if "logits" in layer else None
 
