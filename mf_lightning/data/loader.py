@@ -108,9 +108,12 @@ class LatentSplit:
         opened = {number: self.shards[number] for number in set(numbers)}
         for shard in opened.values():
             shard.check_files()
-        flat = {number: shard.flat for number, shard in opened.items()}
-        mirrored = [0] * len(rows) if flip is None else flip.astype(int).tolist()
-        stored = [flat[number][copy][row] for number, copy, row in zip(numbers, mirrored, local, strict=True)]
+        if flip is None:
+            row_of = {number: shard.flat[0].__getitem__ for number, shard in opened.items()}
+            stored = [row_of[number](row) for number, row in zip(numbers, local, strict=True)]
+        else:
+            flat = {number: shard.flat for number, shard in opened.items()}
+            stored = [flat[number][copy][row] for number, copy, row in zip(numbers, flip.tolist(), local, strict=True)]
         np.concatenate(stored, out=latents.reshape(-1))  # views of the maps: each row is copied once
         if self.labels is None:
             labels[:] = [opened[number].labels[row] for number, row in zip(numbers, local, strict=True)]
@@ -199,8 +202,12 @@ class TrainLoader:
         return LatentBatch(latents, labels, torch.from_numpy(index), row)
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the sample at each position of the endless stream, (B,) int64; positions span two epochs at most."""
-        epoch, offset = np.divmod(positions, len(self.split))
+        """Return the sample at each position of the endless stream, (B,) int64; positions ascend and span two epochs at most."""
+        samples = len(self.split)
+        first = int(positions[0]) // samples
+        if positions[-1] < (first + 1) * samples:
+            return self._order.at(first, positions - first * samples)
+        epoch, offset = np.divmod(positions, samples)
         index = np.empty(len(positions), np.int64)
         for number in np.unique(epoch):
             here = epoch == number
