@@ -202,7 +202,7 @@ class TrainLoader:
         return LatentBatch(latents, labels, torch.from_numpy(index), row)
 
     def samples_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the sample at each position of the endless stream, (B,) int64; positions ascend and span two epochs at most."""
+        """Return the sample at each position of the stream, (B,) int64; positions ascend and span two epochs at most."""
         samples = len(self.split)
         first = int(positions[0]) // samples
         if positions[-1] < (first + 1) * samples:
