@@ -63,7 +63,8 @@ def logs(root: Path) -> tuple[list[dict], list[dict]]:
     with (root / "metrics.csv").open() as stream:
         metrics = [{k: v for k, v in row.items() if v and k != "train/images_per_s"} for row in csv.DictReader(stream)]
     figures = [json.loads(line) for line in (root / "sample_eval.jsonl").read_text().splitlines()]
-    return metrics, [{key: value for key, value in row.items() if key != "images_per_s"} for row in figures]
+    timing = ("images_per_s", "seconds_per_image")
+    return metrics, [{key: value for key, value in row.items() if key not in timing} for row in figures]
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:
