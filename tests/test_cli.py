@@ -31,7 +31,7 @@ KEYS = {
 }
 PROTOCOL = {
     "extractor", "layer", "resize", "reference", "labels", "autoencoder", "rounding", "num_samples", "seed", "precision",
-    "ema", "nfe", "kid_subset_size", "dinov2",
+    "ema", "nfe", "kid_subset_size", "dinov2", "sampler",
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """JVP, loss and sampler against the closed form of Gaussian data, in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -7,8 +9,10 @@ from mf_lightning import draws
 from mf_lightning.draws import Stream
 from mf_lightning.flow import (
     AdaptiveWeight,
+    AverageSampler,
     CountedPasses,
     Draw,
+    EulerSampler,
     GaussianFlow,
     MeanFlowLoss,
     sample,
@@ -123,6 +127,32 @@ def test_two_steps_pass_through_the_half():
 
     sample(net, noise, y=None, grid=time_grid(2))
     assert seen == [(1.0, 0.5), (0.5, 0.0)]
+
+
+def test_euler_converges_at_first_order_and_asks_for_the_velocity_only():
+    """The instantaneous velocity has no h in it, so one step is far off and the error halves with the step."""
+    noise = torch.randn(16, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def velocity(z, *, t, r, y):
+        assert torch.equal(t, r)
+        return FLOW.velocity(z, t=t)
+
+    def error(num_steps):
+        made = sample(velocity, noise, y=None, grid=time_grid(num_steps), sampler=EulerSampler())
+        return (made - S * noise).norm() / noise.norm()
+
+    errors = [error(num_steps).item() for num_steps in (1, 64, 128, 256, 512)]
+    for coarse, fine in pairwise(errors[1:]):
+        assert coarse / fine == pytest.approx(2, rel=0.05)
+    assert errors[0] > 20 * errors[-1]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_each_sampler_takes_one_pass_per_jump(num_steps):
+    for sampler in (AverageSampler(), EulerSampler()):
+        counted = CountedPasses(FLOW)
+        sample(counted, torch.randn(3, 1, 2, 2), y=None, grid=time_grid(num_steps), sampler=sampler)
+        assert counted.passes == num_steps
 
 
 def test_weight_does_not_change_the_raw_error():

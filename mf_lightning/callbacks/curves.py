@@ -1,4 +1,4 @@
-"""Which figures may share a curve: those of one protocol."""
+"""The lines of sample_eval.jsonl, and which of their figures may share a curve: those of one protocol."""
 
 from __future__ import annotations
 
@@ -56,3 +56,22 @@ def log_figures(pl_module: LightningModule, row: dict[str, Any], *, first: float
         pl_module.log(key, value, logger=not mark, rank_zero_only=False)
         if mark:
             pl_module.log(key + mark, value, rank_zero_only=False)
+
+
+def keep_lines(file: Path, *, before: int) -> None:
+    """Drop lines of a step and later ones, and one that was cut off in the middle."""
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before]
+    if kept != lines:
+        aside = file.with_name(f".{file.name}.tmp")
+        aside.write_text("".join(kept))
+        aside.replace(file)
+
+
+def append_line(file: Path, row: dict[str, Any]) -> None:
+    """Add one evaluation's line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")

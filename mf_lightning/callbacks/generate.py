@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ from mf_lightning import draws
 from mf_lightning.callbacks.ema import EMA
 from mf_lightning.callbacks.preemption import poll
 from mf_lightning.draws import Stream
-from mf_lightning.flow.sampler import CountedPasses, sample, time_grid
+from mf_lightning.flow.sampler import AverageSampler, CountedPasses, Sampler, sample, time_grid
 from mf_lightning.types import UserError
 
 LabelScheme = Literal["balanced", "uniform"]
@@ -83,6 +84,7 @@ def generate(
     everywhere: bool = False,
     progress: bool = True,
     timed: Callable[[int], bool] = lambda batch: False,
+    sampler: Sampler = AverageSampler(),
 ) -> Iterator[Images]:
     """Yield this process's share of the pictures of the given numbers, batch by batch, each for every number of steps.
 
@@ -100,9 +102,15 @@ def generate(
         everywhere: every process makes all of them.
         progress: show a bar on the first process.
         timed: asked before each batch, 0, 1, ..., whether to measure its seconds, for which the device is waited for.
+        sampler: how a jump is made.
     """
     all_steps = [num_steps] if isinstance(num_steps, int) else list(num_steps)
     net, data = pl_module.net, trainer.datamodule
+    if pl_module.loss.fm_fraction == 1 and isinstance(sampler, AverageSampler):
+        rank_zero_warn(
+            "A flow-matching network (fm_fraction = 1) has only seen r = t and is sampled by average velocities, which it was "
+            "never taught. Give sampler=mf_lightning.flow.EulerSampler in sample_eval, sample_grid and sample_writer."
+        )
     num_classes = net.y_null or 0
     dtype = next(net.parameters()).dtype
     show = progress and trainer.is_global_zero and trainer.progress_bar_callback is not None
@@ -132,7 +140,7 @@ def generate(
                     watch = Stopwatch(pl_module.device) if timed(number) else None
                     counted = CountedPasses(pl_module.generator)
                     with trainer.precision_plugin.forward_context():
-                        latents = sample(counted, noise, y=y, grid=time_grid(steps))
+                        latents = sample(counted, noise, y=y, grid=time_grid(steps), sampler=sampler)
                     if len(part):
                         pixels = data.decode(latents[kept])
                         seconds = None if watch is None else watch.seconds()

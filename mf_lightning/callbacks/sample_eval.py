@@ -14,9 +14,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from mf_lightning.callbacks.curves import first_protocol, log_figures
+from mf_lightning.callbacks.curves import append_line, first_protocol, keep_lines, log_figures
 from mf_lightning.callbacks.generate import LabelScheme, Stopwatch, check_nfe, find_ema, generate
 from mf_lightning.callbacks.scoring import Beside
+from mf_lightning.flow.sampler import AverageSampler, Sampler
 from mf_lightning.metrics.extractor import Extractor
 from mf_lightning.metrics.fidelity import SampleQuality, kid_subset_size, possible_metrics
 from mf_lightning.metrics.protocol import NAMES, protocol_id
@@ -52,6 +53,7 @@ class SampleEval(Callback):
         dinov2: extractor of fd_dinov2, for example ``dinov2-vit-l-14``; null does without.
         dinov2_weights: local file of its weights, as facebookresearch/dinov2 publishes them; null downloads them.
         reference: .npz of the real images' statistics; null computes them once from the training split, decoded.
+        sampler: how a jump is made; null is AverageSampler, MeanFlow's; EulerSampler is for flow matching.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class SampleEval(Callback):
         dinov2: str | None = None,
         dinov2_weights: str | None = None,
         reference: str | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         unknown = [name for name in metrics or [] if name not in NAMES]
         if unknown or metrics == []:
@@ -95,6 +98,7 @@ class SampleEval(Callback):
         self.layer = layer
         self.class_layer = class_layer
         self.reference_path = reference
+        self.sampler = sampler or AverageSampler()
         self.dinov2_name = dinov2
         self.dinov2_weights = dinov2_weights
         self.extractor: Extractor | None = None
@@ -180,7 +184,7 @@ class SampleEval(Callback):
         """Drop lines of a run that was cut off behind the checkpoint it now resumes from."""
         file = Path(trainer.default_root_dir) / RESULTS_FILE
         if trainer.is_global_zero:
-            _keep_lines(file, before=trainer.global_step + 1)
+            keep_lines(file, before=trainer.global_step + 1)
         self.home = trainer.strategy.broadcast(first_protocol(file))
 
     def _computed_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
@@ -219,14 +223,14 @@ class SampleEval(Callback):
         emas = [find_ema(trainer).use] if self.emas is None else self.emas
         file = Path(trainer.default_root_dir) / RESULTS_FILE
         if trainer.is_global_zero and trainer.state.fn == "fit":  # what an interrupted validation of this step left
-            _keep_lines(file, before=trainer.global_step)
+            keep_lines(file, before=trainer.global_step)
         for ema in emas:
             for row in self._evaluate(trainer, pl_module, ema):
                 self.rows.append(row)
                 home = self.home if trainer.state.fn == "fit" else None
                 log_figures(pl_module, row, first=emas[0], home=home)
                 if trainer.is_global_zero:
-                    _append_line(file, row)
+                    append_line(file, row)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, ema: float | None) -> list[dict[str, Any]]:
         """Return one row per number of steps."""
@@ -254,6 +258,7 @@ class SampleEval(Callback):
                 labels=self.labels,
                 batch_size=self.batch_size,
                 timed=timed,
+                sampler=self.sampler,
             ):
                 update = quality[images.num_steps].update
                 scoring.do(partial(update, images.pixels, images.labels, images.index))
@@ -295,26 +300,9 @@ class SampleEval(Callback):
             "num_samples": self.num_samples,
             "seed": self.seed,
             "precision": str(trainer.precision),
+            "sampler": self.sampler.name,
             "kid_subset_size": kid_subset_size(self.num_samples, self.reference) if "kid" in self.chosen else None,
             "dinov2": self.dinov2.name if "fd_dinov2" in self.chosen else None,
             "ema": ema,
             "nfe": nfe,
         }
-
-
-def _keep_lines(file: Path, *, before: int) -> None:
-    """Drop lines of a step and later ones, and one that was cut off in the middle."""
-    if not file.exists():
-        return
-    lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before]
-    if kept != lines:
-        aside = file.with_name(f".{file.name}.tmp")
-        aside.write_text("".join(kept))
-        aside.replace(file)
-
-
-def _append_line(file: Path, row: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")

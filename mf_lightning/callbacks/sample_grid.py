@@ -15,6 +15,7 @@ from mf_lightning.callbacks.generate import check_nfe, find_ema, generate
 from mf_lightning.callbacks.labelled_grid import blank, labelled_grid, pick_real, to_picture
 from mf_lightning.data.datamodule import LatentData
 from mf_lightning.draws import Stream
+from mf_lightning.flow.sampler import AverageSampler, Sampler
 from mf_lightning.types import UserError
 
 
@@ -42,10 +43,17 @@ class SampleGrid(Callback):
         max_columns: classes shown, the first ones.
         seed: with a picture's number it decides its noise.
         scale: each pixel is drawn this many pixels wide.
+        sampler: how a jump is made; null is AverageSampler, EulerSampler is for flow matching.
     """
 
     def __init__(
-        self, nfe: list[int] | None = None, rows: int = 8, max_columns: int = 10, seed: int = 0, scale: int = 1
+        self,
+        nfe: list[int] | None = None,
+        rows: int = 8,
+        max_columns: int = 10,
+        seed: int = 0,
+        scale: int = 1,
+        sampler: Sampler | None = None,
     ) -> None:
         if rows < 0 or max_columns < 1 or scale < 1:
             raise UserError(
@@ -57,6 +65,7 @@ class SampleGrid(Callback):
         self.max_columns = max_columns
         self.seed = seed
         self.scale = scale
+        self.sampler = sampler or AverageSampler()
         self._real: Tensor | None = None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +106,7 @@ class SampleGrid(Callback):
             batch_size=64,
             everywhere=True,
             progress=False,
+            sampler=self.sampler,
         )
         return torch.cat([images.pixels.cpu() for images in batches])
 

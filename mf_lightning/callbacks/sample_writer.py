@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mf_lightning.callbacks.generate import LabelScheme, check_nfe, choose_labels, find_ema, generate
 from mf_lightning.callbacks.sample_files import NPZ_FILE, NpzFiles, PngFiles, SampleFiles, aside_of
+from mf_lightning.flow.sampler import AverageSampler, Sampler
 from mf_lightning.pixels import ROUNDING
 from mf_lightning.sharding import gathered
 from mf_lightning.types import UserError
@@ -46,6 +47,7 @@ class SampleWriter(Callback):
         format: "png" (``000000.png``, ...; grey stays grey) or "npz" (``samples.npz`` as ADM's evaluator reads it: ``arr_0``
             uint8 NHWC, grey repeated to RGB, and labels as ``arr_1``).
         overwrite: remove the images that an earlier call left in the folder.
+        sampler: how a jump is made; null is AverageSampler, EulerSampler is for flow matching.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class SampleWriter(Callback):
         folder: str | None = None,
         format: Literal["png", "npz"] = "png",
         overwrite: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         check_nfe("sample_writer.num_steps", [num_steps])
         if num_samples < 1 or batch_size < 1:
@@ -74,6 +77,7 @@ class SampleWriter(Callback):
         self.folder = folder
         self.format = format
         self.overwrite = overwrite
+        self.sampler = sampler or AverageSampler()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the images that are missing, a batch on each process in turn, and join them."""
@@ -99,6 +103,7 @@ class SampleWriter(Callback):
             "format": self.format,
             "num_samples": self.num_samples,
             "num_steps": self.num_steps,
+            "sampler": self.sampler.name,
             "seed": self.seed,
             "labels": self.labels if pl_module.net.y_null else "none",
             "weights": weights,
@@ -148,6 +153,7 @@ class SampleWriter(Callback):
             seed=self.seed,
             labels=self.labels,
             batch_size=size,
+            sampler=self.sampler,
         )
         try:
             for first, images in zip(mine, batches, strict=True):

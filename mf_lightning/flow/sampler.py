@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,8 +43,48 @@ def jump(net: AverageVelocity, z_t: Tensor, *, t: float, r: float, y: Tensor | N
     return z_t - per_row(t_rows - r_rows, z_t) * net(z_t, t=t_rows, r=r_rows, y=y).to(z_t.dtype)
 
 
+class Sampler(ABC):
+    """How one pass of the network carries states from t to r."""
+
+    name: ClassVar[str]
+    """As it stands in an evaluation's protocol."""
+
+    @abstractmethod
+    def jump(self, net: AverageVelocity, z_t: Tensor, *, t: float, r: float, y: Tensor | None) -> Tensor:
+        """Return ``z_r``, (B, C, H, W), by one network pass."""
+
+
+@dataclass(frozen=True)
+class AverageSampler(Sampler):
+    """Jump by the average velocity: ``z_r = z_t - (t - r) u(z_t, r, t)`` (equation 12). One jump is MeanFlow's one step."""
+
+    name: ClassVar[str] = "average velocity"
+
+    def jump(self, net: AverageVelocity, z_t: Tensor, *, t: float, r: float, y: Tensor | None) -> Tensor:
+        """Return ``z_r``, (B, C, H, W), by one network pass."""
+        return jump(net, z_t, t=t, r=r, y=y)
+
+
+@dataclass(frozen=True)
+class EulerSampler(Sampler):
+    """Follow the instantaneous velocity: ``z_r = z_t - (t - r) u(z_t, t, t)``, Euler's method on the flow's ODE.
+
+    A flow-matching network has only ever seen r = t, so this is how it is sampled. Its error falls as one over the number of
+    jumps, with a MeanFlow network too, whose ``u(z, t, t)`` is the velocity as well.
+    """
+
+    name: ClassVar[str] = "Euler"
+
+    def jump(self, net: AverageVelocity, z_t: Tensor, *, t: float, r: float, y: Tensor | None) -> Tensor:
+        """Return ``z_r``, (B, C, H, W), by one network pass at r = t."""
+        t_rows, r_rows = (torch.full((len(z_t),), time, dtype=z_t.dtype, device=z_t.device) for time in (t, r))
+        return z_t - per_row(t_rows - r_rows, z_t) * net(z_t, t=t_rows, r=t_rows, y=y).to(z_t.dtype)
+
+
 @torch.no_grad()
-def sample(net: AverageVelocity, z_1: Tensor, *, y: Tensor | None, grid: Sequence[float]) -> Tensor:
+def sample(
+    net: AverageVelocity, z_1: Tensor, *, y: Tensor | None, grid: Sequence[float], sampler: Sampler = AverageSampler()
+) -> Tensor:
     """Return data of noise, by one jump between each two times of the grid (algorithm 2; n jumps are n passes).
 
     Args:
@@ -49,11 +92,12 @@ def sample(net: AverageVelocity, z_1: Tensor, *, y: Tensor | None, grid: Sequenc
         z_1: noise, (B, C, H, W).
         y: labels, (B,), or None.
         grid: falling times from 1 to 0, see :func:`time_grid`.
+        sampler: how a jump is made.
     """
     check_grid(grid)
     z = z_1
     for t, r in pairwise(grid):
-        z = jump(net, z, t=t, r=r, y=y)
+        z = sampler.jump(net, z, t=t, r=r, y=y)
     return z
 
 
