@@ -61,6 +61,31 @@ def test_a_meanflow_step_keeps_no_more_memory_than_flow_matching(checkpointing):
         assert train_step.saved_bytes(bench, loss) <= 1.05 * plain, name
 
 
+def test_evaluate_gives_every_stage_and_the_whole():
+    smoke = str(ROOT / "configs" / "experiment" / "smoke.yaml")
+    options = [
+        "--config",
+        smoke,
+        "--images",
+        "24",
+        "--nfe",
+        "1",
+        "3",
+        "--batches",
+        "1",
+        "--json",
+        "--",
+        "--sample_eval.batch_size=12",
+    ]
+    result = python(ROOT / "benchmarks" / "evaluate.py", *options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    for stage in ("noise", "nfe1", "nfe3", "decode", "extract"):
+        assert report[f"{stage}_images_per_s"] > 0
+    assert report["validation_s"] > 0
+    assert report["metrics"].split()[0] == "fid"
+
+
 @pytest.mark.parametrize("file", ["train_step.py", "sample.py"])
 def test_a_device_that_is_not_there_is_a_clear_error(file):
     result = python(ROOT / "benchmarks" / file, "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})

@@ -6,8 +6,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-
 import wandb
+
 from mf_lightning.__main__ import main
 from mf_lightning.metrics.protocol import METRICS
 from mf_lightning.tools.dashboard import Compared, build_report, build_workspace
