@@ -76,6 +76,21 @@ class DatasetInfo:
         """Return the number of samples of a split."""
         return sum(shard.count for shard in self.splits[split])
 
+    def describe(self) -> dict[str, Any]:
+        """Return everything but the shards, as plain values: what a checkpoint tells of its data, for those who sample."""
+        fields = asdict(self)
+        del fields["splits"]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+    @classmethod
+    def described(cls, fields: dict[str, Any]) -> DatasetInfo:
+        """Return the data that :meth:`describe` told of, without splits.
+
+        Raises:
+            KeyError, TypeError, ValueError: fields missing or wrong.
+        """
+        return _parse_fields(fields, {})
+
     def to_json(self) -> str:
         """Return the text of ``dataset.json``."""
         fields = asdict(self)
@@ -126,13 +141,17 @@ def parse_info(text: str, *, where: str) -> DatasetInfo:
 def _parse_info(body: dict[str, Any]) -> DatasetInfo:
     if body["format"] != FORMAT or body["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format {body['format']!r}, version {body['format_version']!r}")
-    if body["kind"] not in KINDS:
-        raise ValueError(f"kind {body['kind']!r}, expected one of {KINDS}")
     splits = {}
     for split, content in body["splits"].items():
         splits[split] = tuple(ShardInfo(s["name"], s["count"], s["sha256"]) for s in content["shards"])
         if sum(shard.count for shard in splits[split]) != content["count"]:
             raise ValueError(f"the shards of '{split}' do not add up to its count {content['count']}")
+    return _parse_fields(body, splits)
+
+
+def _parse_fields(body: dict[str, Any], splits: dict[str, tuple[ShardInfo, ...]]) -> DatasetInfo:
+    if body["kind"] not in KINDS:
+        raise ValueError(f"kind {body['kind']!r}, expected one of {KINDS}")
     return DatasetInfo(
         kind=body["kind"],
         latent_shape=tuple(body["latent_shape"]),

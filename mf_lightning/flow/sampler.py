@@ -39,7 +39,7 @@ def check_grid(grid: Sequence[float]) -> None:
 
 def jump(net: AverageVelocity, z_t: Tensor, *, t: float, r: float, y: Tensor | None) -> Tensor:
     """Return ``z_r = z_t - (t - r) u(z_t, r, t)`` (equation 12), (B, C, H, W), one network pass."""
-    t_rows, r_rows = (torch.full((len(z_t),), time, dtype=z_t.dtype, device=z_t.device) for time in (t, r))
+    t_rows, r_rows = (torch.full((z_t.shape[0],), time, dtype=z_t.dtype, device=z_t.device) for time in (t, r))
     return z_t - per_row(t_rows - r_rows, z_t) * net(z_t, t=t_rows, r=r_rows, y=y).to(z_t.dtype)
 
 
@@ -77,7 +77,7 @@ class EulerSampler(Sampler):
 
     def jump(self, net: AverageVelocity, z_t: Tensor, *, t: float, r: float, y: Tensor | None) -> Tensor:
         """Return ``z_r``, (B, C, H, W), by one network pass at r = t."""
-        t_rows, r_rows = (torch.full((len(z_t),), time, dtype=z_t.dtype, device=z_t.device) for time in (t, r))
+        t_rows, r_rows = (torch.full((z_t.shape[0],), time, dtype=z_t.dtype, device=z_t.device) for time in (t, r))
         return z_t - per_row(t_rows - r_rows, z_t) * net(z_t, t=t_rows, r=t_rows, y=y).to(z_t.dtype)
 
 

@@ -48,6 +48,7 @@ class TimeEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """A table with one row per class and a last one, ``num_classes``, for the null label: (B,) int64 => (B, D).
 
+    Between classes: weights of the table's rows, (B, num_classes + 1) float, give the mixture of their embeddings.
     It drops no labels itself: which rows lose theirs is the loss's decision (the public code does it here).
     """
 
@@ -56,6 +57,8 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
+        if y.is_floating_point():
+            return y.to(self.embedding_table.weight.dtype) @ self.embedding_table.weight
         return self.embedding_table(y)
 
 

@@ -225,9 +225,9 @@ class SiT(nn.Module):
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Put patches back in place: (B, T, p p C) => (B, C, H, W)."""
         rows, columns = self.grid
-        p = self.patch_size
-        x = tokens.reshape(len(tokens), rows, columns, p, p, -1)
-        return torch.einsum("nhwpqc->nchpwq", x).reshape(len(tokens), -1, rows * p, columns * p)
+        p, count = self.patch_size, tokens.shape[0]  # len() would fix the batch of an exported graph
+        x = tokens.reshape(count, rows, columns, p, p, -1)
+        return torch.einsum("nhwpqc->nchpwq", x).reshape(count, -1, rows * p, columns * p)
 
 
 def _initialize(name: str, value: Tensor, generator: torch.Generator) -> None:
