@@ -13,6 +13,7 @@ from mf_lightning.tools.dashboard import dashboard
 from mf_lightning.tools.digits import prepare_digits
 from mf_lightning.tools.encode import encode
 from mf_lightning.tools.heartbeat import heartbeat
+from mf_lightning.tools.import_weights import import_weights
 from mf_lightning.tools.reference import reference
 from mf_lightning.tools.report import report
 from mf_lightning.tools.stats import stats
@@ -33,6 +34,7 @@ def main(args: list[str] | None = None) -> None:
             "reference": reference,
             "heartbeat": heartbeat,
             "consolidate": consolidate,
+            "import": import_weights,
             "report": report,
             "dashboard": dashboard,
         }

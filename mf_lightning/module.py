@@ -13,6 +13,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mf_lightning.checkpoints import CHECKPOINT_FORMAT, check_architecture, describe_net
+from mf_lightning.checkpoints.weights import check_resumable, load_initial
 from mf_lightning.flow.jvp import choose_jvp
 from mf_lightning.flow.meanflow import MeanFlowLoss
 from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator, prepare_compiler
@@ -22,7 +24,6 @@ from mf_lightning.optim import clip_gradients, compile_step, plain_states
 from mf_lightning.sharding import is_sharded
 from mf_lightning.types import AverageVelocity, LatentBatch, LatentSpec, LossTerms, UserError
 
-CHECKPOINT_FORMAT = 1
 PRECISIONS = ("32-true", "bf16-mixed", "64-true")
 
 
@@ -41,6 +42,8 @@ class MeanFlowModule(LightningModule):
         cuda_graphs: capture sampling in CUDA graphs, which spares a small network the launch of its kernels; with compile.
         tf32: let a GPU round float32 factors to 10 bits in training's matrix products and convolutions: faster, less exact.
             Samples, decoder and extractor stay in true float32.
+        init_from: a checkpoint made by `python -m mf_lightning import`, whose weights a new run begins from; every average
+            begins there too. A resumed run has its own. Null begins at random.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MeanFlowModule(LightningModule):
         compile: bool = False,
         cuda_graphs: bool = False,
         tf32: bool = False,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         self.make_net = net
@@ -64,6 +68,7 @@ class MeanFlowModule(LightningModule):
         self.compiled = compile
         self.cuda_graphs = cuda_graphs
         self.tf32 = tf32
+        self.init_from = init_from
         self.passes = PLAIN
         """How the loss calls the network in training."""
         self.plain_passes = PLAIN
@@ -114,6 +119,8 @@ class MeanFlowModule(LightningModule):
             self.passes = Passes.compiled(device)
             mode = "reduce-overhead" if self.cuda_graphs else None
             self._compiled_generator = compiled_generator(self.net, mode=mode)
+        if self.init_from is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path is None:
+            load_initial(self.net, self.init_from)
 
     def _check_arithmetic(self, device: torch.device) -> None:
         """Refuse what this device, or each other's company, does not allow."""
@@ -179,7 +186,7 @@ class MeanFlowModule(LightningModule):
             step=self.global_step,
             global_batch_size=self.trainer.datamodule.batch_size,
         )
-        how = {"y_null": self.net.y_null, "passes": self.passes}
+        how = {"y_null": self.net.y_null, "passes": self.passes, "step": self.global_step}
         self.last_draw = draw
         terms = self.last_terms = self.loss(self.net, batch.x, self._labels(batch), draw, **how)
         self._log_terms("train", terms, counted=batch.row >= 0, jumps=draw.r < draw.t)
@@ -188,7 +195,8 @@ class MeanFlowModule(LightningModule):
     def validation_step(self, batch: LatentBatch, batch_idx: int, stage: str = "val") -> None:
         """Log the loss of the raw weights at times and noise fixed by (seed, sample)."""
         draw = self.loss.draw_validation(batch.x, batch.index, seed=self.seed)
-        terms = self.loss(self.net, batch.x, self._labels(batch), draw, y_null=self.net.y_null, passes=self.plain_passes)
+        how = {"y_null": self.net.y_null, "passes": self.plain_passes, "step": self.trained_steps}
+        terms = self.loss(self.net, batch.x, self._labels(batch), draw, **how)
         counted = batch.row >= 0
         self._log_terms(stage, terms, counted=counted, jumps=draw.r < draw.t)
         self._by_time.add(draw.t, counted, raw_error=terms.raw_error, velocity_error=terms.velocity_error)
@@ -256,12 +264,15 @@ class MeanFlowModule(LightningModule):
         self.before_saving()
         checkpoint["format_version"] = CHECKPOINT_FORMAT
         checkpoint["net"] = describe_net(self.net)
+        checkpoint["init_from"] = self.init_from
         plain_states(checkpoint, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another format or architecture, and note its step."""
         self.check_checkpoint(checkpoint)
         self._loaded_steps = checkpoint["global_step"]
+        if self.trainer.state.fn == "fit":
+            check_resumable(checkpoint, self.init_from)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another format or architecture; its tensors' values are not looked at.
@@ -281,27 +292,3 @@ class MeanFlowModule(LightningModule):
 def set_tf32(on: bool) -> None:
     """Switch TF32 for the whole process, both ways: torch alone would leave it on for convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-
-
-def describe_net(net: nn.Module) -> dict[str, Any]:
-    """Return class and settings of a network as plain values (``config`` is the network's own account of them)."""
-    kind = type(net).__bases__[1] if is_sharded(net) else type(net)  # FSDP2 makes a class (FSDPModule, SiT)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dict(net.config)}
-
-
-def check_architecture(saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuse weights of another network.
-
-    Raises:
-        UserError: listing the settings that differ.
-    """
-    flat_saved, flat_ours = ({"class": n["class_path"], **n["init_args"]} for n in (saved, ours))
-    keys = sorted({*flat_saved, *flat_ours})
-    differ = [k for k in keys if flat_saved.get(k) != flat_ours.get(k)]
-    if differ:
-        got = ", ".join(f"{key} = {flat_saved.get(key)}" for key in differ)
-        expected = ", ".join(f"{key} = {flat_ours.get(key)}" for key in differ)
-        raise UserError(
-            f"Got a checkpoint of another architecture ({got}), expected {expected}. Use the config.yaml beside the "
-            "checkpoint, or another checkpoint."
-        )

@@ -12,12 +12,12 @@ import torch
 
 from mf_lightning.flow import MeanFlowLoss
 from mf_lightning.interop import public_sit
+from mf_lightning.interop.flax_names import from_flax
 from mf_lightning.nets import SiT
 from mf_lightning.types import LatentSpec, UserError
 from tests.nets import along
 from tests.parity.__main__ import main
 from tests.parity.family import Family
-from tests.parity.flax_names import from_flax
 from tests.parity.report import DEVIATES, FAIL, NOT_BUILT, OK, Row, difference
 from tests.parity.suite import check_directory, check_file
 

@@ -135,6 +135,9 @@ class EMA(Callback):
                 f"Got a checkpoint with the EMA decays {sorted(found)}, expected ema.decays = {sorted(self.decays)}. Set "
                 "ema.decays to the checkpoint's: an average cannot be started late."
             )
+        if "imported" in checkpoint:  # weights alone: an average that was never updated is where it begins
+            names = [name for name, _ in _parameters(pl_module)]
+            found = {decay: {name: checkpoint["state_dict"][f"net.{name}"] for name in names} for decay in self.decays}
         self.updates = saved["updates"]
         self.weights = found
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,3 +66,44 @@ class Guidance:
         if self.null_weight != 0:
             v_g = v_g + self.null_weight * v_u
         return v_g
+
+
+@dataclass(frozen=True)
+class GuidanceStage:
+    """Guidance from one optimizer step on.
+
+    Args:
+        from_step: first optimizer step of the stage; steps count from 0.
+        guidance: of the stage; the default is none.
+    """
+
+    from_step: int
+    guidance: Guidance = field(default_factory=Guidance)
+
+
+@dataclass(frozen=True)
+class GuidanceSchedule:
+    """Guidance by optimizer step, in stages: a function of the step alone, so a resumed run goes on in the right one.
+
+    Args:
+        stages: by rising ``from_step``; the first begins at step 0.
+    """
+
+    stages: list[GuidanceStage]
+
+    def __post_init__(self) -> None:
+        starts = [stage.from_step for stage in self.stages]
+        if not starts or starts[0] != 0 or any(b <= a for a, b in pairwise(starts)):
+            raise UserError(
+                f"Got guidance stages that begin at steps {starts}, expected rising steps, the first 0. A stage without "
+                "`guidance` is one without guidance."
+            )
+
+    @property
+    def is_none(self) -> bool:
+        """Whether no stage is guided."""
+        return all(stage.guidance.is_none for stage in self.stages)
+
+    def at(self, step: int) -> Guidance:
+        """Return the guidance of an optimizer step."""
+        return [stage.guidance for stage in self.stages if stage.from_step <= step][-1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mf_lightning import draws
 from mf_lightning.draws import Stream
-from mf_lightning.flow.guidance import Guidance
+from mf_lightning.flow.guidance import Guidance, GuidanceSchedule
 from mf_lightning.flow.jvp import JVPMethod, JVPPrecision, choose_jvp, jvp_precision
 from mf_lightning.flow.labels import DropFirstRows, LabelDrop
 from mf_lightning.flow.passes import PLAIN, Passes
@@ -56,6 +56,7 @@ class MeanFlowLoss:
             is "network" where the network has them (SiT does), else "torch". Without r < t rows there is nothing to derive.
         jvp_precision: null is that of the gradient forward, whose primals the network's tangents then share; "32-true" or
             "bf16-mixed" differentiate in a pass of their own.
+        guidance_schedule: guidance by optimizer step, in the place of ``guidance``; null is the same at all steps.
     """
 
     def __init__(
@@ -67,15 +68,26 @@ class MeanFlowLoss:
         weight: AdaptiveWeight = AdaptiveWeight(),
         jvp: JVPMethod | None = None,
         jvp_precision: JVPPrecision | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
     ) -> None:
         fm_count(1, fm_fraction)  # refuses a share outside [0, 1] at the door
+        if guidance_schedule is not None and guidance != Guidance():
+            raise UserError(
+                f"Got {guidance} beside a guidance_schedule, expected one of them. Leave guidance out, or set it to "
+                "{omega: 1.0, kappa: 0.0}."
+            )
         self.times = LogitNormal() if times is None else times
         self.fm_fraction = fm_fraction
         self.label_drop = DropFirstRows() if label_drop is None else label_drop
         self.guidance = guidance
+        self.guidance_schedule = guidance_schedule
         self.weight = weight
         self.jvp: JVPMethod | None = jvp
         self.jvp_precision: JVPPrecision | None = jvp_precision
+
+    def guidance_at(self, step: int) -> Guidance:
+        """Return the guidance of an optimizer step."""
+        return self.guidance if self.guidance_schedule is None else self.guidance_schedule.at(step)
 
     def draw_training(self, x: Tensor, rows: Tensor, *, seed: int, step: int, global_batch_size: int) -> Draw:
         """Return the randomness of training rows: a function of (seed, step, row of the global batch).
@@ -119,6 +131,7 @@ class MeanFlowLoss:
         *,
         y_null: int | None = None,
         passes: Passes = PLAIN,
+        step: int = 0,
     ) -> LossTerms:
         """Return the loss of one batch.
 
@@ -129,34 +142,44 @@ class MeanFlowLoss:
             draw: noise, times and dropped rows.
             y_null: the null label; None for an unconditional network.
             passes: how the network is called; the default is plain torch.
+            step: optimizer step, by which a guidance schedule chooses its stage.
 
         Raises:
             UserError: times outside 0 <= r <= t <= 1; guidance without labels; a JVP that the network cannot give.
         """
         check_times(draw.t, draw.r)
-        if not self.guidance.is_none and (y is None or y_null is None):
+        asked = self.guidance_schedule or self.guidance  # at the first step, also where guidance begins later
+        if not asked.is_none and (y is None or y_null is None):
             raise UserError(
-                f"Got guidance {self.guidance} for an unconditional network, expected none. Set omega = 1 and kappa = 0, "
+                f"Got guidance {asked} for an unconditional network, expected none. Set omega = 1 and kappa = 0, "
                 "or train with labels."
             )
         y = None if y_null is None else y
         order = draw.order()  # r < t rows last, so that they are one slice
+        how = (y_null, passes, self.guidance_at(step))
         if order is None:
-            return self._sorted_loss(net, x, y, draw, y_null, passes)
+            return self._sorted_loss(net, x, y, draw, *how)
         at = to_device(order, x.device)
-        terms = self._sorted_loss(net, x[at], None if y is None else y[at], draw.sorted_by(order), y_null, passes)
+        terms = self._sorted_loss(net, x[at], None if y is None else y[at], draw.sorted_by(order), *how)
         back = to_device(torch.argsort(order), x.device)
         return terms.with_rows(back)
 
     def _sorted_loss(
-        self, net: AverageVelocity, x: Tensor, y: Tensor | None, draw: Draw, y_null: int | None, passes: Passes
+        self,
+        net: AverageVelocity,
+        x: Tensor,
+        y: Tensor | None,
+        draw: Draw,
+        y_null: int | None,
+        passes: Passes,
+        guidance: Guidance,
     ) -> LossTerms:
         """Return the loss in the paper's order (algorithm 1); rows with r < t come last."""
         time_dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 times a hundredth apart would be the same
         t, r = (to_device(time, x.device).to(time_dtype) for time in (draw.t, draw.r))
         z_t = interpolate(x, draw.e, t=t)  # (B, C, H, W)
         v_t = conditional_velocity(x, draw.e)  # (B, C, H, W)
-        guided = self._guide(net, z_t, t, y, draw, y_null, passes)  # velocities without gradient, or None
+        guided = _guide(guidance, net, z_t, t, y, draw, y_null, passes)  # velocities without gradient, or None
 
         jumps = slice(len(x) - count_jumps(draw, passes), None)  # the rows that need du/dt
         v_jump = v_t[jumps] if guided is None else guided.velocity(v_t, rows=jumps)  # (J, C, H, W)
@@ -207,41 +230,6 @@ class MeanFlowLoss:
                 return u, passes.u_and_dudt(net, z, v_jump, **own)[1]
             return u, passes.dudt(net, z, v_jump, **own)
 
-    @torch.no_grad()
-    def _guide(
-        self,
-        net: AverageVelocity,
-        z_t: Tensor,
-        t: Tensor,
-        y: Tensor | None,
-        draw: Draw,
-        y_null: int | None,
-        passes: Passes,
-    ) -> GuidedRows | None:
-        """Return the velocities that guidance needs (equations 17-21), from ONE call without gradient; None without guidance.
-
-        ``v_u`` is computed on the rows inside the interval whose label is kept, ``v_c`` on those of them with r < t. On
-        r = t rows ``v_c`` is ``u`` itself, unless dropout makes the two passes differ.
-        """
-        guided = ~draw.dropped & self.guidance.acts_at(draw.t)
-        if self.guidance.is_none or not (bool(guided.any()) or passes.least_rows):
-            return None
-        apart = guided if _dropouts(net) else guided & draw.jumps
-        plan = velocity_rows(guided, apart, self.guidance, passes)
-        device, v_u, v_c = z_t.device, torch.zeros_like(z_t), torch.zeros_like(z_t)
-        if len(plan.rows):
-            at = to_device(plan.rows, device)
-            labels = y[at]
-            labels[: plan.unconditional] = y_null
-            with without_dropout(net):
-                velocity = passes.u(net, z_t[at], t=t[at], r=t[at], y=labels).to(z_t.dtype)
-            # casts of the weights made here have no graph; the gradient forward must not find them in autocast's cache
-            torch.clear_autocast_cache()
-            end = plan.unconditional + plan.conditional
-            v_u.index_copy_(0, at[: plan.unconditional], velocity[: plan.unconditional])
-            v_c.index_copy_(0, at[plan.unconditional : end], velocity[plan.unconditional : end])
-        return GuidedRows(self.guidance, to_device(guided, device), to_device(apart, device), v_u=v_u, v_c=v_c)
-
 
 @dataclass(frozen=True)
 class GuidedRows:
@@ -262,6 +250,42 @@ class GuidedRows:
             v_c = torch.where(_per_row(self.apart[rows], v_c), v_c, u.to(v_c.dtype))
         v_g = self.guidance.velocity(v_t, v_c=v_c, v_u=v_u)
         return torch.where(_per_row(self.guided[rows], v_g), v_g, v_t)
+
+
+@torch.no_grad()
+def _guide(
+    guidance: Guidance,
+    net: AverageVelocity,
+    z_t: Tensor,
+    t: Tensor,
+    y: Tensor | None,
+    draw: Draw,
+    y_null: int | None,
+    passes: Passes,
+) -> GuidedRows | None:
+    """Return the velocities that guidance needs (equations 17-21), from ONE call without gradient; None without guidance.
+
+    ``v_u`` is computed on the rows inside the interval whose label is kept, ``v_c`` on those of them with r < t. On
+    r = t rows ``v_c`` is ``u`` itself, unless dropout makes the two passes differ.
+    """
+    guided = ~draw.dropped & guidance.acts_at(draw.t)
+    if guidance.is_none or not (bool(guided.any()) or passes.least_rows):
+        return None
+    apart = guided if _dropouts(net) else guided & draw.jumps
+    plan = velocity_rows(guided, apart, guidance, passes)
+    device, v_u, v_c = z_t.device, torch.zeros_like(z_t), torch.zeros_like(z_t)
+    if len(plan.rows):
+        at = to_device(plan.rows, device)
+        labels = y[at]
+        labels[: plan.unconditional] = y_null
+        with without_dropout(net):
+            velocity = passes.u(net, z_t[at], t=t[at], r=t[at], y=labels).to(z_t.dtype)
+        # casts of the weights made here have no graph; the gradient forward must not find them in autocast's cache
+        torch.clear_autocast_cache()
+        end = plan.unconditional + plan.conditional
+        v_u.index_copy_(0, at[: plan.unconditional], velocity[: plan.unconditional])
+        v_c.index_copy_(0, at[plan.unconditional : end], velocity[plan.unconditional : end])
+    return GuidedRows(guidance, to_device(guided, device), to_device(apart, device), v_u=v_u, v_c=v_c)
 
 
 def _sum_of_squares(value: Tensor) -> Tensor:

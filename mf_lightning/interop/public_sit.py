@@ -1,14 +1,16 @@
 """State dicts of public torch SiTs => state dicts of :class:`mf_lightning.nets.SiT`; tensors in, tensors out.
 
-Sources: HaoyiZhu/MeanFlow-PyTorch cf7cd11, zhuyu-cs/MeanFlow 04d183c, willisma/SiT 947f95b. Load the result strictly: a
-name that these functions do not know stays as it is and is refused there.
+Sources: HaoyiZhu/MeanFlow-PyTorch cf7cd11, zhuyu-cs/MeanFlow 04d183c, willisma/SiT 947f95b, sihyun-yu/REPA 2b8c181.
+Load the result strictly: a name that these functions do not know stays as it is and is refused there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from torch import Tensor, zeros_like
+from torch import Tensor, arange, cat, exp, float32, zeros_like
+from torch.nn.functional import silu
 
 from mf_lightning.types import UserError
 
@@ -25,10 +27,10 @@ def from_zhuyu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_willisma(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of willisma's plain flow-matching SiT, with an ``h_embedder`` of zeros.
+    """Return the parameters of willisma's plain flow-matching SiT, with an ``h_embedder`` that gives 0.
 
     The network then gives the same output whatever r is. Its time runs the OTHER way (t = 0 is noise, and it returns
-    data - noise): call it with that t, or start a training from it knowing so. Learned variances are cut off.
+    data - noise): see :func:`reverse_time`. Learned variances are cut off.
     """
     _expect(state, "t_embedder.mlp.0.weight", "willisma/SiT")
     if "h_embedder.mlp.0.weight" in state:
@@ -36,9 +38,59 @@ def from_willisma(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "Got a state dict with h_embedder, expected one of willisma/SiT, which has none. It has our names already: "
             "use from_haoyi."
         )
-    of_t = {name: value for name, value in state.items() if name.startswith("t_embedder.")}
-    of_h = {_renamed(name, "t_embedder.", "h_embedder."): zeros_like(value) for name, value in of_t.items()}
-    return without_learned_sigma({**state, **of_h})
+    return with_silent_h(without_learned_sigma(state))
+
+
+def with_silent_h(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a flow-matching network's parameters with an ``h_embedder`` that says the same whatever h is.
+
+    Its last weight is 0, its first layer is that of ``t``: with both at 0 no gradient would ever pass. Where there is an
+    ``h_embedder`` (of a network that was trained on h = 0 alone), what it says at h = 0 becomes its bias.
+    """
+    silent = dict(state)
+    for name, value in state.items():
+        if name.startswith("t_embedder."):
+            silent[_renamed(name, "t_embedder.", "h_embedder.")] = value.clone()
+    silent["h_embedder.mlp.2.weight"] = zeros_like(state["t_embedder.mlp.2.weight"])
+    silent["h_embedder.mlp.2.bias"] = zeros_like(state["t_embedder.mlp.2.bias"])
+    if "h_embedder.mlp.0.weight" in state:
+        weight, bias = (state[f"h_embedder.mlp.0.{kind}"].double() for kind in ("weight", "bias"))
+        at_zero = silu(weight[:, : weight.shape[1] // 2].sum(dim=1) + bias)  # cos 0 = 1, sin 0 = 0
+        weight, bias = (state[f"h_embedder.mlp.2.{kind}"].double() for kind in ("weight", "bias"))
+        silent["h_embedder.mlp.2.bias"] = (weight @ at_zero + bias).to(state["h_embedder.mlp.2.bias"].dtype)
+    return silent
+
+
+def reverse_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of ``u(z, t) = -u_SiT(z, 1 - t)``: from data at t = 1 to data at t = 0, exactly.
+
+    The features of 1 - t are rotations of those of t: cos w(1-t) = cos w cos wt + sin w sin wt and sin w(1-t) = sin w cos wt
+    - cos w sin wt. So the first layer takes the rotation (computed in float64), the last one the sign.
+    """
+    first = _expect(state, "t_embedder.mlp.0.weight", "a SiT")
+    half = first.shape[1] // 2
+    frequency = exp(-math.log(10_000) * arange(half, dtype=float32) / half).double()  # in float32, as both networks have them
+    of_cos, of_sin = first.double().split(half, dim=1)
+    cos, sin = frequency.cos(), frequency.sin()
+    turned = cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
+    last = {name: -_expect(state, name, "a SiT") for name in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    return {**state, **last, "t_embedder.mlp.0.weight": turned.to(first.dtype)}
+
+
+def from_repa(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return REPA's parameters without projectors, with a silent ``h_embedder``; its time and velocity run as ours.
+
+    Its older files count the blocks behind the projectors apart, as ``decoder_blocks``.
+    """
+    kept = {name: value for name, value in state.items() if not name.startswith("projectors.")}
+    first = len({name.split(".")[1] for name in kept if name.startswith("blocks.")})
+    renamed = {}
+    for name, value in kept.items():
+        if name.startswith("decoder_blocks."):
+            _, number, rest = name.split(".", 2)
+            name = f"blocks.{int(number) + first}.{rest}"
+        renamed[name] = value
+    return with_silent_h(renamed)
 
 
 def without_learned_sigma(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

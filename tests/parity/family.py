@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mf_lightning.flow.path import interpolate
+from mf_lightning.interop.flax_names import from_flax
 from mf_lightning.nets import SiT
-from tests.parity.flax_names import from_flax
+from tests.parity import importing
 from tests.parity.networks import build, own_table
-from tests.parity.report import FAIL, OK, Checks, MissingArray, Oracle, Unreadable, difference
+from tests.parity.report import FAIL, NOT_BUILT, OK, Checks, MissingArray, Oracle, Unreadable, difference
 
 WEIGHTS = "meanflow_weights_torch.npz"
 
@@ -115,4 +118,20 @@ def check_flax_weights(oracle: Oracle, family: Family) -> Checks:
     unequal = [name for name in sorted(mapped.keys() & expected.keys()) if not mapped[name].equal(expected[name])]
     note = f"unequal: {', '.join(unequal)}" if unequal else "number of arrays that are not equal bit by bit"
     checks.add("values and layouts", FAIL if unequal else OK, len(unequal), 0.0, note)
+    for container in ("msgpack", "orbax"):
+        _check_flax_import(checks, family, container)
     return checks
+
+
+def _check_flax_import(checks: Checks, family: Family, container: str) -> None:
+    """Write the parameters as the official code does, import them, and compare with the torch file bit by bit."""
+    quantity = f"imported, {container}"
+    if not importing.JAX:
+        return checks.add(quantity, NOT_BUILT, None, None, "needs the extra jax")
+    side = str(math.isqrt(family.state["pos_embed"].shape[1]) * family.state["x_embedder.proj.weight"].shape[-1])
+    with tempfile.TemporaryDirectory() as name:
+        file = importing.write_flax(checks.oracle.under("params/net/"), Path(name), container=container)
+        options = (f"--num_heads={family.heads[0]}", f"--latent_size={side}")
+        state = importing.imported(file, Path(name) / "ours.ckpt", *options)[0].state_dict()
+    unequal = [name for name, value in state.items() if not value.equal(family.state[name])]
+    return checks.add(quantity, FAIL if unequal else OK, len(unequal), 0.0, f"unequal: {unequal}" if unequal else "bit by bit")

@@ -11,10 +11,10 @@ from torch import Tensor
 from mf_lightning.flow import AdaptiveWeight, Draw, DropAnyRow, DropFirstRows, Guidance, MeanFlowLoss, total_derivative
 from mf_lightning.flow.path import conditional_velocity, interpolate
 from mf_lightning.interop import public_sit
+from mf_lightning.interop.flax_names import from_flax
 from mf_lightning.nets import SiT
 from mf_lightning.types import LossTerms
 from tests.parity.family import Family
-from tests.parity.flax_names import from_flax
 from tests.parity.report import BOUND, OK, Checks, Gradients, MissingArray, Oracle, measure
 
 NOT_GUIDED = "no guidance: the file holds no v_uncond and v_g is e - x, so its omega and kappa are not used"

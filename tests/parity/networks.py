@@ -13,6 +13,7 @@ from mf_lightning.nets import SiT
 from mf_lightning.nets.dual import Dual
 from mf_lightning.nets.embed import position_table
 from mf_lightning.types import LatentSpec
+from tests.parity.importing import through_import
 from tests.parity.report import Checks, Oracle
 
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -71,9 +72,34 @@ def check_forward(oracle: Oracle, kind: str) -> Checks:
         exact = build(state, num_heads=oracle.number("cfg/num_heads")).double()
         r64 = _end_of_jump(oracle, kind, torch.float64)
         checks.close("u_f64", lambda: _run(exact, x.double(), t=t.double(), r=r64, y=y)[1])
+    _check_import(checks, kind)
     other = build({**state, "pos_embed": oracle["pos_embed_random"]}, num_heads=oracle.number("cfg/num_heads"))
     checks.close("u_pos_embed_random", lambda: _run(other, x, t=t, r=r, y=y)[1])
     return checks
+
+
+def _check_import(checks: Checks, kind: str) -> None:
+    """Compare the network that the import command makes of the file's own layout; its time runs as ours."""
+    oracle, theirs = checks.oracle, checks.oracle.under("state_dict/")
+    t, r, sign, note = oracle["t"], _end_of_jump(oracle, kind), 1, ""
+    if kind.startswith("willisma"):
+        t, r, sign, note = 1 - t, torch.zeros_like(t), -1, "time and sign folded in: u(z, r, t) = -u_SiT(z, 1 - t) for any r"
+    for name, safe in (("torch", False), ("safetensors", True)):
+        if safe and kind == "willisma_nosigma":
+            continue  # names alone do not tell which way its time runs
+
+        def u(safe: bool = safe) -> Tensor:
+            net = through_import(kind, theirs, oracle.number("cfg/num_heads"), safetensors=safe)
+            return sign * _run(net, oracle["x"], t=t, r=r, y=oracle["y"])[1]
+
+        checks.close("u", u, name=f"u (imported, {name})", note=note)
+    if kind == "willisma_nosigma":
+
+        def as_repa() -> Tensor:
+            net = through_import("repa", theirs, oracle.number("cfg/num_heads"))
+            return _run(net, oracle["x"], t=oracle["t"], r=r, y=oracle["y"])[1]
+
+        checks.close("u", as_repa, name="u (imported as REPA's)", note="time as it is, projectors dropped")
 
 
 def _end_of_jump(oracle: Oracle, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from mf_lightning.types import UserError
+
 LEAVES = {"kernel": "weight", "bias": "bias", "embedding": "weight"}
 
 
@@ -14,7 +16,10 @@ def torch_name(path: str) -> str:
     """Return our name of a flax path, for example ``net/blocks/layers_0/attn/qkv/_flax_linear/kernel``."""
     *parts, leaf = path.removeprefix("params/").removeprefix("net/").split("/")
     if leaf not in LEAVES:
-        raise ValueError(f"Got the flax path '{path}', expected one ending in {', '.join(LEAVES)}. Add its leaf here.")
+        raise UserError(
+            f"Got the flax path '{path}', expected one ending in {', '.join(LEAVES)}, as the official MeanFlow has them. "
+            "Import another network's weights by a state dict with this project's names."
+        )
     kept = [re.sub(r"^layers_(\d+)$", r"\1", part) for part in parts if not part.startswith("_flax_")]
     return ".".join([*kept, LEAVES[leaf]])
 
