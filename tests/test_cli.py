@@ -9,10 +9,10 @@ import yaml
 from PIL import Image
 
 from mf_lightning.autoencoders import PixelAutoencoder
-from mf_lightning.callbacks.sample_grid import to_picture
 from mf_lightning.cli import configs_dir, main
 from mf_lightning.data import SevenSegmentDataModule
 from mf_lightning.metrics.protocol import NAMES
+from mf_lightning.sheet import to_picture
 from mf_lightning.types import UserError
 from tests.runs import RECIPES, command_line, error_of, lines
 

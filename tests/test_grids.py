@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from mf_lightning.callbacks import throughput
-from mf_lightning.callbacks.labelled_grid import GAP, labelled_grid, pick_real
 from mf_lightning.callbacks.sample_grid import real_pictures
 from mf_lightning.cli import load
 from mf_lightning.metrics.by_time import ErrorByTime
+from mf_lightning.sheet import GAP, labelled_grid, pick_real
 from tests.runs import RECIPES
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--self_check.enabled=false"]

@@ -6,13 +6,13 @@ import torch
 import torch_fidelity
 from PIL import Image
 
-from mf_lightning.callbacks.sample_grid import tile, to_picture
 from mf_lightning.data.synthetic import seven_segment_digits
 from mf_lightning.metrics.extractor import Extractor
 from mf_lightning.metrics.fidelity import SampleQuality, possible_metrics
 from mf_lightning.metrics.protocol import NAMES
 from mf_lightning.metrics.reference import compute_reference, load_reference, save_reference
 from mf_lightning.pixels import from_uint8, to_uint8
+from mf_lightning.sheet import tile, to_picture
 from mf_lightning.types import UserError
 
 

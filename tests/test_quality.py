@@ -13,7 +13,6 @@ import torch
 import torch_fidelity
 from torch.nn import functional as F
 
-from mf_lightning.callbacks.sample_grid import to_picture
 from mf_lightning.metrics import dinov2
 from mf_lightning.metrics.extractor import SPATIAL, Extractor
 from mf_lightning.metrics.fidelity import SampleQuality, possible_metrics
@@ -23,6 +22,7 @@ from mf_lightning.metrics.reference import Reference, Statistics
 from mf_lightning.metrics.score import ScoreSums
 from mf_lightning.metrics.store import FeatureStore
 from mf_lightning.metrics.sums import FeatureSums
+from mf_lightning.sheet import to_picture
 from mf_lightning.types import UserError
 from tests.parity.inception import seeded_inception_weights
 from tests.test_metrics import pictures

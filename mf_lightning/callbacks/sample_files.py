@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mf_lightning.callbacks.sample_grid import to_picture
+from mf_lightning.sheet import to_picture
 
 NPZ_FILE = "samples.npz"
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"

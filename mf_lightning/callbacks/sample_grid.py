@@ -12,22 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from mf_lightning.callbacks.generate import check_nfe, find_ema, generate
-from mf_lightning.callbacks.labelled_grid import blank, labelled_grid, pick_real, to_picture
 from mf_lightning.data.datamodule import LatentData
 from mf_lightning.draws import Stream
 from mf_lightning.flow.sampler import AverageSampler, Sampler
+from mf_lightning.sheet import blank, labelled_grid, pick_real, tile, to_picture
 from mf_lightning.types import UserError
-
-
-def tile(pixels: Tensor, *, columns: int, gap: int = 2) -> Tensor:
-    """Return one picture, (c, H', W'), of uint8 pictures, (N, c, H, W), row by row, with a mid-grey gap between them."""
-    count, channels, height, width = pixels.shape
-    rows = -(-count // columns)
-    sheet = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 128, dtype=torch.uint8)
-    for number, picture in enumerate(pixels.cpu()):
-        top, left = (gap + (number // columns) * (height + gap), gap + (number % columns) * (width + gap))
-        sheet[:, top : top + height, left : left + width] = picture
-    return sheet
 
 
 class SampleGrid(Callback):

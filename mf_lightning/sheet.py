@@ -1,4 +1,4 @@
-"""A sheet of pictures with names: a column is one noise and class, a row is a number of steps, the last row is real."""
+"""Sheets of pictures: a plain one, and one with a name before each row and above each column."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def to_picture(pixels: Tensor) -> Image.Image:
     """Return one uint8 picture, (1 or 3, H, W), as a PIL image."""
     array = pixels.cpu().numpy()
     return Image.fromarray(array[0] if len(array) == 1 else np.moveaxis(array, 0, -1))
+
+
+def tile(pixels: Tensor, *, columns: int, gap: int = 2) -> Tensor:
+    """Return one picture, (c, H', W'), of uint8 pictures, (N, c, H, W), row by row, with a mid-grey gap between them."""
+    count, channels, height, width = pixels.shape
+    rows = -(-count // columns)
+    sheet = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 128, dtype=torch.uint8)
+    for number, picture in enumerate(pixels.cpu()):
+        top, left = (gap + (number // columns) * (height + gap), gap + (number % columns) * (width + gap))
+        sheet[:, top : top + height, left : left + width] = picture
+    return sheet
 
 
 def labelled_grid(rows: dict[str, Tensor], columns: list[str], *, scale: int = 1) -> Image.Image:
