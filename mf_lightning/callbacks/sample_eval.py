@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from mf_lightning.callbacks.generate import LabelScheme, Stopwatch, check_nfe, f
 from mf_lightning.callbacks.scoring import Beside
 from mf_lightning.flow.sampler import AverageSampler, Sampler
 from mf_lightning.metrics.extractor import Extractor
-from mf_lightning.metrics.fidelity import SampleQuality, kid_subset_size, possible_metrics
+from mf_lightning.metrics.fidelity import NEED_FEATURES, SampleQuality, kid_subset_size, possible_metrics
 from mf_lightning.metrics.protocol import NAMES, protocol_id
-from mf_lightning.metrics.reference import Reference, compute_reference, load_reference, save_reference
+from mf_lightning.metrics.reference import Reference, ReferenceSums, identity, load_reference, save_reference
 from mf_lightning.pixels import ROUNDING
 from mf_lightning.types import UserError
 
@@ -177,6 +176,8 @@ class SampleEval(Callback):
             self.reference = self._computed_reference(trainer, pl_module)
         if not self.chosen:
             self._choose(conditional=bool(pl_module.net.y_null))
+        if any(name in NEED_FEATURES for name in self.chosen):
+            _ = self.reference.features  # of a file's images: made now, and not after an hour
 
     on_validation_start = on_test_start = on_fit_start
 
@@ -188,25 +189,25 @@ class SampleEval(Callback):
         self.home = trainer.strategy.broadcast(first_protocol(file))
 
     def _computed_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
-        """Decode the training split once, on the first process, and keep the statistics beside the run."""
+        """Decode the training split once, each process its share, and keep the statistics beside the run."""
         data = trainer.datamodule
-        key = json.dumps(
-            [self.extractor.name, self.extractor.layer, data.info.to_json(), data.seed, data.state_dict().get("subset")],
-            sort_keys=True,
-        )
-        file = Path(trainer.default_root_dir) / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npz"
-        if trainer.is_global_zero and not file.exists():
-            batches = data.decoded_split("train", device=pl_module.device, batch_size=self.batch_size)
-            images = (pixels for pixels, _ in batches)
-            reference = compute_reference(self.extractor, images, source="training split, decoded")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f".{file.name}")
-            save_reference(aside, reference)
-            aside.replace(file)
-        while not file.exists():  # a barrier would give up after its timeout, and a large split takes hours
-            time.sleep(0.5)
-        trainer.strategy.barrier()
-        return load_reference(file, self.extractor)
+        of_data = [data.info.to_json(), data.seed, data.state_dict().get("subset")]
+        extractors = [identity(self.extractor), self.extractor.spatial, self.dinov2 and identity(self.dinov2)]
+        key = hashlib.sha256(json.dumps([extractors, of_data], sort_keys=True).encode()).hexdigest()[:12]
+        file = Path(trainer.default_root_dir) / f"reference-{key}.npz"
+        if not trainer.strategy.broadcast(file.exists()):
+            sums = ReferenceSums(self.extractor, dinov2=self.dinov2, shared=True)
+            share = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+            for pixels, index in data.decoded_split("train", device=pl_module.device, batch_size=self.batch_size, **share):
+                sums.update(pixels, index)
+            reference = sums.reference({"source": "training split, decoded"})
+            if trainer.is_global_zero:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_reference(file, reference)
+            trainer.strategy.barrier()
+        reference = load_reference(file, self.extractor)
+        reference.name = f"training split, decoded, {key}"  # what it is of: its file's bytes hold a time, and last digits
+        return reference
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score; Lightning's sanity check scores nothing."""

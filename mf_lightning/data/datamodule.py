@@ -213,11 +213,15 @@ class LatentData(LightningDataModule):
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         return to_uint8(self.autoencoder.to(latents.device).decode(latents / self.info.scale + self.info.shift))
 
-    def decoded_split(self, name: str, *, device: torch.device, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield uint8 pictures, (B, c, H, W), and sample numbers, (B,), of a whole split, in order, on every process."""
-        for batch in EvalLoader(self.split(name), batch_size=batch_size, rank=0, world_size=1):
-            latents = self.to_latents(batch.x.to(device), stream=Stream.VAL_MOMENTS, step=0, rows=batch.index)
-            yield self.decode(latents), batch.index
+    def decoded_split(
+        self, name: str, *, device: torch.device, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield uint8 pictures, (B, c, H, W), and sample numbers, (B,), of a split, in order: those of this process, or all."""
+        for batch in EvalLoader(self.split(name), batch_size=batch_size, rank=rank, world_size=world_size):
+            if batch.row[0] < 0:  # this process has run out
+                return
+            z = self.to_latents(batch.x.to(device), stream=Stream.VAL_MOMENTS, step=0, rows=batch.index)
+            yield self.decode(z), batch.index
 
 
 def same_autoencoder(one: str, other: str) -> bool:
@@ -304,12 +308,8 @@ class LatentDataModule(LatentData):
         stored = "train" if held_out else name
         rows = None
         if not self.subset.takes_all:
-            labels = self.place.labels(stored)
-            names = self.info.class_names
-            if training:
-                rows = self.subset.training_rows(labels, names)
-            else:
-                rows = self.subset.validation_rows(labels, names, held_out=held_out)
+            of = (self.place.labels(stored), self.info.class_names)
+            rows = self.subset.training_rows(*of) if training else self.subset.validation_rows(*of, held_out=held_out)
         shards = self.place.shards(stored, checksums=self.checksums, window=window or 1)
         return LatentSplit(shards, rows=rows, window=window)
 
