@@ -41,8 +41,24 @@ class Images:
     """Network and decoder, for this batch, if it was asked for."""
 
 
-def choose_labels(scheme: LabelScheme, index: Tensor, *, num_classes: int, seed: int) -> Tensor | None:
-    """Return the class of each image, (B,) int64: ``i mod num_classes``, or uniform by (seed, i); None without classes."""
+def choose_labels(scheme: LabelScheme | list[int], index: Tensor, *, num_classes: int, seed: int) -> Tensor | None:
+    """Return the class of each image, (B,) int64; None without classes.
+
+    Args:
+        scheme: "balanced" is ``i mod num_classes``, "uniform" drawn by (seed, i); a list of classes is taken in turn.
+        index: numbers of the images, (B,) int64.
+        num_classes: of the network; 0 is none.
+        seed: of the drawn ones.
+
+    Raises:
+        UserError: a class that the network does not have.
+    """
+    if not isinstance(scheme, str):
+        wrong = [k for k in scheme if not 0 <= k < num_classes]
+        if wrong or not scheme:
+            have = f"classes in [0, {num_classes})" if num_classes else "no list: this network was trained without classes"
+            raise UserError(f"Got the classes {scheme}, expected {have}. Correct the list, or give balanced or uniform.")
+        return torch.tensor(scheme, device=index.device)[index % len(scheme)]
     if num_classes == 0:
         return None
     if scheme == "balanced":
@@ -79,7 +95,7 @@ def generate(
     num_steps: int | Sequence[int],
     ema: float | None,
     seed: int,
-    labels: LabelScheme,
+    labels: LabelScheme | list[int],
     batch_size: int,
     everywhere: bool = False,
     progress: bool = True,
@@ -97,7 +113,7 @@ def generate(
         num_steps: jumps of the sampler, or several numbers of them, which share noise and labels.
         ema: decay of the average to use; None is the raw weights.
         seed: with an image's number it decides noise and, where uniform, label.
-        labels: "balanced" or "uniform".
+        labels: "balanced", "uniform", or classes that are taken in turn.
         batch_size: images at a time on each process; the pictures do not depend on it.
         everywhere: every process makes all of them.
         progress: show a bar on the first process.

@@ -41,7 +41,7 @@ class SampleWriter(Callback):
         num_samples: images to write.
         num_steps: jumps of the sampler, each one network pass.
         batch_size: images at a time on each device.
-        labels: "balanced" (image i has class i mod K) or "uniform" (drawn by seed and i).
+        labels: "balanced" (image i has class i mod K), "uniform" (drawn by seed and i), or a list of classes taken in turn.
         seed: with an image's number it decides noise and label.
         folder: where to; null is ``samples`` in ``trainer.default_root_dir``. All processes must see it.
         format: "png" (``000000.png``, ...; grey stays grey) or "npz" (``samples.npz`` as ADM's evaluator reads it: ``arr_0``
@@ -55,7 +55,7 @@ class SampleWriter(Callback):
         num_samples: int = 64,
         num_steps: int = 1,
         batch_size: int = 64,
-        labels: LabelScheme = "balanced",
+        labels: LabelScheme | list[int] = "balanced",
         seed: int = 0,
         folder: str | None = None,
         format: Literal["png", "npz"] = "png",
@@ -72,7 +72,7 @@ class SampleWriter(Callback):
         self.num_samples = num_samples
         self.num_steps = num_steps
         self.batch_size = batch_size
-        self.labels: LabelScheme = labels
+        self.labels = labels
         self.seed = seed
         self.folder = folder
         self.format = format
@@ -105,7 +105,7 @@ class SampleWriter(Callback):
             "num_steps": self.num_steps,
             "sampler": self.sampler.name,
             "seed": self.seed,
-            "labels": self.labels if pl_module.net.y_null else "none",
+            "labels": self.labels if pl_module.net.y_null or not isinstance(self.labels, str) else "none",
             "weights": weights,
             "ema": ema.use,
             "net": pl_module.net.config,
