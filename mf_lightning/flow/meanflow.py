@@ -7,6 +7,7 @@ r = t rows the conditional velocity that guidance needs IS the output that the g
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -289,8 +290,8 @@ def _guide(
 
 
 def _sum_of_squares(value: Tensor) -> Tensor:
-    """Return the squared norm of each row, summed over pixels: (B, C, H, W) => (B,)."""
-    return value.square().flatten(1).sum(dim=1)
+    """Return the squared norm of each row, summed over pixels: (B, C, H, W), or (B,) and any other shape, => (B,)."""
+    return value.square().reshape(len(value), math.prod(value.shape[1:])).sum(dim=1)
 
 
 def _dropouts(net: AverageVelocity) -> list[nn.Module]:
