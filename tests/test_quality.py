@@ -281,4 +281,5 @@ def test_memory_of_fifty_thousand_images_stays_below_a_gigabyte():
 def test_equal_protocols_share_an_id_whatever_ema_and_nfe():
     one = {"extractor": "digits-cnn", "seed": 0, "ema": 0.995, "nfe": 1}
     assert protocol_id(one) == protocol_id({**one, "ema": None, "nfe": 4})
+    assert protocol_id(one) == protocol_id({**one, "kid_subset_size": 100})
     assert protocol_id(one) != protocol_id({**one, "seed": 1})

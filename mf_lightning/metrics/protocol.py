@@ -29,6 +29,8 @@ METRICS = (
 NAMES = tuple(metric.name for metric in METRICS)
 COMPARED = ("ema", "nfe")
 """What figures of one protocol are compared over."""
+DERIVED = ("kid_subset_size",)
+"""What follows from the rest, and is only there where KID is."""
 ONCE_UNTOLD = {"sampler": "average velocity"}
 """What protocols that do not tell it had."""
 
@@ -39,5 +41,5 @@ def protocol_id(protocol: dict[str, Any]) -> str:
     Args:
         protocol: as it stands beside a figure, JSON values.
     """
-    fixed = {k: value for k, value in protocol.items() if k not in COMPARED and ONCE_UNTOLD.get(k) != value}
+    fixed = {k: value for k, value in protocol.items() if k not in COMPARED + DERIVED and ONCE_UNTOLD.get(k) != value}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
