@@ -12,10 +12,13 @@ from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.tools.dashboard import dashboard
 from mf_lightning.tools.digits import prepare_digits
 from mf_lightning.tools.encode import encode
+from mf_lightning.tools.export import export
 from mf_lightning.tools.heartbeat import heartbeat
 from mf_lightning.tools.import_weights import import_weights
+from mf_lightning.tools.phema import phema
 from mf_lightning.tools.reference import reference
 from mf_lightning.tools.report import report
+from mf_lightning.tools.sample import sample
 from mf_lightning.tools.stats import stats
 from mf_lightning.tools.verify import verify
 from mf_lightning.types import UserError
@@ -34,7 +37,10 @@ def main(args: list[str] | None = None) -> None:
             "reference": reference,
             "heartbeat": heartbeat,
             "consolidate": consolidate,
+            "phema": phema,
             "import": import_weights,
+            "sample": sample,
+            "export": export,
             "report": report,
             "dashboard": dashboard,
         }

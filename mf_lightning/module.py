@@ -69,6 +69,8 @@ class MeanFlowModule(LightningModule):
         self.cuda_graphs = cuda_graphs
         self.tf32 = tf32
         self.init_from = init_from
+        self.resumes = False
+        """Whether a checkpoint is about to replace the weights: the command line says so, and ``init_from`` is not read."""
         self.passes = PLAIN
         """How the loss calls the network in training."""
         self.plain_passes = PLAIN
@@ -119,7 +121,7 @@ class MeanFlowModule(LightningModule):
             self.passes = Passes.compiled(device)
             mode = "reduce-overhead" if self.cuda_graphs else None
             self._compiled_generator = compiled_generator(self.net, mode=mode)
-        if self.init_from is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path is None:
+        if self.init_from is not None and self.trainer.state.fn == "fit" and not self.resumes:
             load_initial(self.net, self.init_from)
 
     def _check_arithmetic(self, device: torch.device) -> None:
@@ -260,10 +262,12 @@ class MeanFlowModule(LightningModule):
         self.log("train/grad_norm", norm, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a stranger needs to read the file: its format and the network's class and settings."""
+        """Add what a stranger needs to sample from the file: its format, the network's class and settings, what its data are."""
         self.before_saving()
         checkpoint["format_version"] = CHECKPOINT_FORMAT
         checkpoint["net"] = describe_net(self.net)
+        checkpoint["data"] = self.trainer.datamodule.info.describe()
+        checkpoint["fm_fraction"] = self.loss.fm_fraction
         checkpoint["init_from"] = self.init_from
         plain_states(checkpoint, self.trainer.optimizers)
 

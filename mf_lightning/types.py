@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class UserError(ValueError):
@@ -57,6 +57,17 @@ class Autoencoder(ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels in [-1, 1] (not clipped), (B, c, H, W), of unscaled latents, (B, C, h, w)."""
+
+    def decoder(self) -> nn.Module:
+        """Return a copy of the plain decoder as a module: unscaled latents => pixels, for any number of them, to be exported.
+
+        Raises:
+            UserError: there is none.
+        """
+        raise UserError(
+            f"Got the autoencoder {self.id}, expected one that gives its decoder as a module. Add `decoder` to its class, or "
+            "export with --to safetensors."
+        )
 
     @abstractmethod
     def to(self, device: torch.device) -> Autoencoder:

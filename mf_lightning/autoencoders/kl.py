@@ -138,6 +138,12 @@ class KLAutoencoder(Autoencoder):
             )
         return pixels
 
+    def decoder(self) -> nn.Module:
+        """Return a copy of the decoder in float32: unscaled latents => pixels."""
+        from mf_lightning.autoencoders.decoder import KLDecoder
+
+        return KLDecoder(self.net).float().cpu()
+
     def _plain(self, latents: Tensor) -> Tensor:
         return self.net.decode(latents.to(self.net.dtype)).sample
 

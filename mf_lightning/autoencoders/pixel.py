@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mf_lightning.types import Autoencoder
 
@@ -22,6 +22,10 @@ class PixelAutoencoder(Autoencoder):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the latents themselves, (B, c, H, W), nominally in [-1, 1]."""
         return latents
+
+    def decoder(self) -> nn.Module:
+        """Return the identity."""
+        return nn.Identity()
 
     def to(self, device: torch.device) -> PixelAutoencoder:
         """Return the autoencoder: there are no weights to move."""

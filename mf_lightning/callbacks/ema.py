@@ -119,6 +119,7 @@ class EMA(Callback):
         """Store the averages by decay; ``state_dict`` holds the raw weights."""
         checkpoint["ema"] = {
             "updates": self.updates,
+            "use": None if self.use is None else str(self.use),
             "weights": {str(decay): dict(weights) for decay, weights in self.weights.items()},
         }
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from mf_lightning.checkpoints import read_checkpoint, read_header
+from mf_lightning.checkpoints import read_header
+from mf_lightning.checkpoints.averages import choose_weights, read_weights, told
 from mf_lightning.checkpoints.publish import aside_path
 from mf_lightning.types import UserError
 
@@ -32,16 +30,11 @@ def consolidate(checkpoint: Path, out: Path, weights: str | None = None, overwri
         raise UserError(f"Got OUT = {out}, expected a name that ends in .safetensors.")
     if out.exists() and not overwrite:
         raise UserError(f"Got OUT = {out}, which exists, expected a new file. Give another name, or --overwrite=true.")
-    decays = list(read_header(checkpoint).get("ema", {}).get("weights", {}))
-    name = _choose(weights, decays)
-    kept = ("ema", "weights", name)
-    whole = read_checkpoint(checkpoint, mmap=True, only=lambda keys: keys[0] == "state_dict" or keys[:3] == kept)
-    tensors = whole["ema"]["weights"][name] if name != "raw" else _network(whole["state_dict"])
-    if name != "raw":  # averages are kept of parameters; buffers are those of the network
-        tensors = {**{k: v for k, v in _network(whole["state_dict"]).items() if k not in tensors}, **tensors}
+    name = choose_weights(weights, {"weights": read_header(checkpoint).get("ema", {}).get("weights", {})})
+    tensors, whole = read_weights(checkpoint, name)
     metadata = {
         "format": "pt",
-        "weights": name if name == "raw" else f"ema {name}",
+        "weights": told(name),
         "step": str(whole["global_step"]),
         "net": json.dumps(whole["net"]),
     }
@@ -55,26 +48,3 @@ def consolidate(checkpoint: Path, out: Path, weights: str | None = None, overwri
     finally:
         aside.unlink(missing_ok=True)
     print(f"{out}: {metadata['weights']} weights at step {metadata['step']} of {checkpoint}, {out.stat().st_size / 1e6:.1f} MB")
-
-
-def _choose(asked: str | None, decays: list[str]) -> str:
-    if asked is None and len(decays) <= 1:
-        return decays[0] if decays else "raw"
-    found = next((d for d in decays if asked is not None and asked != "raw" and _same(asked, d)), None)
-    if asked == "raw" or found:
-        return found or "raw"
-    raise UserError(
-        f"Got --weights {asked}, expected raw or one of the checkpoint's averages: {', '.join(decays) or 'it has none'}. "
-        "Choose one with --weights."
-    )
-
-
-def _same(asked: str, decay: str) -> bool:
-    try:
-        return float(asked.removeprefix("ema")) == float(decay)
-    except ValueError:
-        return False
-
-
-def _network(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}

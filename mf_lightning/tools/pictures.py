@@ -18,7 +18,7 @@ from mf_lightning.data.shards import INFO_FILE, read_info
 from mf_lightning.data.threads import made_ahead
 from mf_lightning.draws import Stream
 from mf_lightning.metrics.image_npz import ImageNpz
-from mf_lightning.tools.verify_grid import open_autoencoder
+from mf_lightning.pipeline.autoencoder import open_autoencoder
 from mf_lightning.types import UserError
 
 

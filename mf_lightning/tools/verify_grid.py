@@ -11,8 +11,9 @@ from PIL import Image
 from mf_lightning import draws
 from mf_lightning.data.shards import DatasetInfo
 from mf_lightning.draws import Stream
+from mf_lightning.pipeline.autoencoder import open_autoencoder
 from mf_lightning.pixels import to_uint8
-from mf_lightning.types import Autoencoder, UserError
+from mf_lightning.types import UserError
 
 PICTURES, COLUMNS, GAP = 32, 8, 2
 
@@ -78,25 +79,6 @@ class Grid:
             mean, std = z.chunk(2, dim=1)
             z = mean + std * draws.normal(0, Stream.VAL_MOMENTS, step=0, rows=torch.tensor([number]), shape=mean.shape[1:])
         return to_uint8(self.autoencoder.decode(z))[0].numpy()
-
-
-def open_autoencoder(name: str, info: DatasetInfo) -> Autoencoder:
-    """Return the autoencoder of a name or of a data set's id.
-
-    Raises:
-        UserError: it is not the one that made the latents.
-    """
-    from mf_lightning.autoencoders import KLAutoencoder, PixelAutoencoder
-    from mf_lightning.data.datamodule import same_autoencoder
-
-    name = name.partition("@")[0] if not Path(name).is_dir() else name
-    autoencoder = PixelAutoencoder() if name == "pixel" else KLAutoencoder(name)
-    if not same_autoencoder(autoencoder.id, info.autoencoder):
-        raise UserError(
-            f"Got the autoencoder {autoencoder.id}, expected {info.autoencoder}, which made these latents. Give that one as "
-            "--autoencoder, a local directory or hub name."
-        )
-    return autoencoder
 
 
 def _tile(pictures: list[np.ndarray]) -> Image.Image:

@@ -1,0 +1,180 @@
+"""The one-step generator as a graph: noise and label => latent, or => picture; ONNX and torch.export, checked as written."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mf_lightning.flow.sampler import jump
+from mf_lightning.pipeline import MeanFlowPipeline
+from mf_lightning.types import UserError
+
+TOLERANCE = 1e-4
+"""Largest difference from torch, in latents of about unit size and pixels in [-1, 1]."""
+CHECKED_BATCHES = (1, 2, 5)
+OPSET = 18
+LARGEST_FILE = 1_900_000_000
+"""Bytes of weights above which an ONNX file keeps them beside itself: protobuf ends at 2 GB."""
+
+
+class OneStep(nn.Module):
+    """``z_0 = z_1 - u(z_1, 0, 1 | y)``, and its picture where there is a decoder.
+
+    Args:
+        net: average velocity.
+        decoder: unscaled latents => pixels; None gives the scaled latent.
+        scale, shift: of the latents.
+    """
+
+    def __init__(self, net: nn.Module, decoder: nn.Module | None = None, *, scale: float = 1.0, shift: float = 0.0) -> None:
+        super().__init__()
+        self.net = net
+        self.decoder = decoder
+        self.scale, self.shift = scale, shift
+
+    def forward(self, noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Return latents, (B, C, h, w), or pixels, nominally in [-1, 1], (B, c, H, W), of noise and labels, (B,) int64."""
+        latent = jump(self.net, noise, t=1.0, r=0.0, y=label)
+        return latent if self.decoder is None else self.decoder(latent / self.scale + self.shift)
+
+
+def one_step(pipeline: MeanFlowPipeline, *, image: bool) -> OneStep:
+    """Return the generator of a pipeline as one module, in float32 on the CPU."""
+    data = pipeline.description.data
+    decoder = pipeline.autoencoder.decoder() if image else None
+    net = pipeline.to("cpu", torch.float32).net
+    return OneStep(net, decoder, scale=data.scale, shift=data.shift).eval().requires_grad_(False)
+
+
+def inputs(pipeline: MeanFlowPipeline, count: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """Return noise, and labels where there are classes, by the names that graphs know."""
+    noise, y = pipeline.request(n=count, seed=seed)
+    return {"noise": noise} if y is None else {"noise": noise, "label": y}
+
+
+def export_torch(pipeline: MeanFlowPipeline, file: Path, *, image: bool) -> float:
+    """Write a ``torch.export`` program for any batch; return its largest difference from the pipeline.
+
+    Raises:
+        UserError: it differs by more than ``TOLERANCE``.
+    """
+    module = one_step(pipeline, image=image)
+    program = _program(pipeline, module)
+    torch.export.save(program, file, extra_files={"mf_lightning.json": _metadata(pipeline, image)["mf_lightning"]})
+    written = torch.export.load(file).module()
+    return _checked(pipeline, lambda **values: written(*values.values()), image=image, file=file)
+
+
+def export_onnx(pipeline: MeanFlowPipeline, file: Path, *, image: bool, opset: int = OPSET) -> float:
+    """Write an ONNX model for any batch; return onnxruntime's largest difference from the pipeline.
+
+    Raises:
+        UserError: the opset cannot express it, or it differs by more than ``TOLERANCE``.
+        ImportError: the packages are not there.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"ONNX needs packages ({error}): pip install 'mf_lightning[export]'") from error
+
+    module = one_step(pipeline, image=image)
+    values = inputs(pipeline, 2)
+    try:
+        with _quiet() as said:
+            program = torch.onnx.export(
+                module,
+                tuple(values.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(values),
+                output_names=["image" if image else "latent"],
+                dynamic_shapes=_any_batch(values),
+                verbose=False,
+            )
+            got = program.model.opset_imports.get("")
+            if got != opset:
+                raise ValueError(f"operators that it lacks; {got} has them")
+            program.model.metadata_props.update(_metadata(pipeline, image))
+            size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+            program.save(str(file), external_data=size > LARGEST_FILE)
+            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except (torch.onnx.errors.OnnxExporterError, ValueError, RuntimeError) as error:
+        raise _no_opset(opset, error, said) from error
+    except Exception as error:
+        if "onnxruntime" not in type(error).__module__:
+            raise
+        raise _no_opset(opset, error, said) from error
+
+    def run(**values: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in values.items()})[0])
+
+    return _checked(pipeline, run, image=image, file=file)
+
+
+def _program(pipeline: MeanFlowPipeline, module: OneStep) -> torch.export.ExportedProgram:
+    values = inputs(pipeline, 2)
+    with _quiet():
+        return torch.export.export(module, tuple(values.values()), dynamic_shapes=_any_batch(values))
+
+
+def _any_batch(values: dict[str, Tensor]) -> dict[str, Any]:
+    batch = torch.export.Dim("batch", min=1)
+    return {name: {0: batch} for name in values} if len(values) == 2 else {"noise": {0: batch}, "label": None}
+
+
+def _metadata(pipeline: MeanFlowPipeline, image: bool) -> dict[str, str]:
+    told = {**pipeline.description.plain(), "output": "pixels in [-1, 1]" if image else "scaled latent"}
+    return {"mf_lightning": json.dumps(told)}
+
+
+@torch.no_grad()
+def _checked(pipeline: MeanFlowPipeline, run: Callable[..., Tensor], *, image: bool, file: Path) -> float:
+    """Return the largest difference over several batch sizes from the pipeline's own network and decoder."""
+    data, worst = pipeline.description.data, 0.0
+    for count in CHECKED_BATCHES:
+        values = inputs(pipeline, count, seed=1)
+        expected = jump(pipeline.net, values["noise"], t=1.0, r=0.0, y=values.get("label"))
+        if image:
+            expected = pipeline.autoencoder.to(expected.device).decode(expected / data.scale + data.shift)
+        found = run(**values)
+        if found.shape != expected.shape:
+            raise UserError(f"Got {tuple(found.shape)} from {file.name}, expected {tuple(expected.shape)}. It was not kept.")
+        worst = max(worst, float((found - expected).abs().max()))
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"Got an output of {file.name} that differs from torch by {worst:.1e}, expected at most {TOLERANCE:.0e}. It was "
+            "not kept; try another version of torch or onnxruntime."
+        )
+    return worst
+
+
+def _no_opset(opset: int, error: Exception, said: io.StringIO) -> UserError:
+    lines = [line.strip() for line in said.getvalue().splitlines() if "No Previous Version" in line]
+    what = " ".join(str(error).split())[:200] + (f" ({lines[-1].rpartition(': ')[2]})" if lines else "")
+    return UserError(
+        f"Got --opset {opset}, which cannot express this network ({what}), expected {OPSET} or another that this torch writes. "
+        "Leave --opset out."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """Keep what exporters print, log and warn of; it is returned."""
+    said, level = io.StringIO(), logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield said
+    finally:
+        logging.disable(level)
