@@ -172,6 +172,7 @@ class MeanFlowCLI(LightningCLI):
             what = f"Resuming from {last} ({Path(found).name})" if found else f"Nothing to resume in {root}: starting anew"
             rank_zero_info(what)
             self.config_init["fit"]["ckpt_path"] = found
+        self.model.resumes = self._get(self.config_init, "ckpt_path") is not None
         if asked is None and last.exists():
             here, python = Path.cwd(), Path(sys.executable)
             command = " ".join([str(python.relative_to(here) if python.is_relative_to(here) else "python"), *sys.argv])

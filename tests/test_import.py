@@ -85,7 +85,7 @@ def test_zhuyu_averaged_or_raw(tmp_path):
     both = {"model": raw, "ema": state, "opt": {}, "args": argparse.Namespace(path_type="linear"), "steps": 3}
     ours, printed = bring(tmp_path, both, HEADS)
     assert outputs(ours, **inputs()).equal(outputs(net, **inputs()))
-    assert "weights: EMA (ema); left aside: args, model, opt, steps" in printed
+    assert "weights: EMA (ema); left aside: raw (model), args, opt, steps" in printed
     assert "r_embedder.mlp.0.bias => h_embedder.mlp.0.bias" in printed
     ours, printed = bring(tmp_path, both, HEADS, "--weights=raw")
     assert ours.x_embedder.proj.bias.equal(net.x_embedder.proj.bias + 1)
@@ -188,7 +188,7 @@ def test_official_jax_weights(tmp_path, container):
     source = importing.write_flax(flax, tmp_path, container=container)
     ours, printed = importing.imported(source, tmp_path / "ours.ckpt", HEADS, "--latent_size=8")
     assert outputs(ours, **inputs()).equal(outputs(net, **inputs()))
-    assert "EMA (ema_params); left aside: opt_state, params, step" in printed
+    assert "EMA (ema_params); left aside: raw (params), opt_state, step" in printed
     assert "pos_embed: the sin-cos table" in printed
     with pytest.raises(RuntimeError, match="number of attention heads"):
         importing.imported(source, tmp_path / "other.ckpt", "--latent_size=8")

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from mf_lightning.cli import load
 from mf_lightning.data.shards import DatasetInfo, write_info, write_shard
+from mf_lightning.flow import Guidance
+from mf_lightning.nets import SiT
+from mf_lightning.tools.import_weights import import_weights
 from mf_lightning.types import LatentSpec
 from tests.runs import RECIPES, ROOT
 
@@ -44,9 +48,20 @@ def data(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def flow_matching_checkpoint(tmp_path_factory):
+    """An import of a flow-matching SiT as small as the networks that take one step here."""
+    folder = tmp_path_factory.mktemp("imported")
+    net = SiT(LatentSpec((4, 32, 32), 1000), patch_size=2, depth=1, hidden_size=32, num_heads=2)
+    save_file({name: v for name, v in net.state_dict().items() if not name.startswith("h_")}, folder / "sit.safetensors")
+    import_weights(folder / "sit.safetensors", folder / "sit.ckpt", format="sit", num_heads=2)
+    return folder / "sit.ckpt"
+
+
 @pytest.fixture
-def recipe(data, monkeypatch, tmp_path):
+def recipe(data, flow_matching_checkpoint, monkeypatch, tmp_path):
     """Load a recipe on random latents; evaluation, which needs weights that only a hub has, is off."""
+    monkeypatch.setenv("SIT_XL2", str(flow_matching_checkpoint))
     monkeypatch.setenv("IMAGENET_LATENTS", str(data["imagenet"]))
     monkeypatch.setenv("CIFAR10_PIXELS", str(data["cifar"]))
     monkeypatch.setenv("IMAGENET_REFERENCE", str(tmp_path / "reference.npz"))
@@ -127,6 +142,16 @@ def test_the_cifar_recipe_has_the_papers_settings(recipe):
         net = cli.model.make_net(LatentSpec((3, 32, 32), 10))
     assert net.y_null is None
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - 58) < 0.1
+
+
+def test_fine_tuning_is_guided_after_twenty_epochs(recipe):
+    cli = recipe("sit_xl2_from_sit")
+    assert cli.model.loss.guidance_at(20 * 1_281_167 // 256 - 100).is_none
+    assert cli.model.loss.guidance_at(100_000) == Guidance(0.2, 0.92, (0.0, 0.75))
+    assert cli.trainer.max_steps == 3 * 100_000
+    with torch.device("meta"):
+        net = cli.model.make_net(LatentSpec((4, 32, 32), 1000))
+    assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - MILLIONS["xl2"]) < 1
 
 
 def test_recipes_are_short_and_start_with_a_comment():

@@ -101,7 +101,8 @@ def choose_weights(tree: Mapping[str, Any], asked: str) -> tuple[str, dict[str, 
             "--weights (raw, ema, or an average's decay), or give the file that has them."
         )
     name, kept = next(iter(found.items()))
-    left = [] if kept is tree else sorted(str(key) for key in tree if f"({key})" not in name)
+    left = [other for other in (*averaged, *raw) if other != name]
+    left += sorted(str(key) for key in tree if kept is not tree and key not in (*AVERAGED, *RAW))
     buffers = {}
     if name.startswith("EMA ") and not name.startswith("EMA (") and isinstance(tree.get("state_dict"), Mapping):
         buffers = {key: value for key, value in flatten(tree["state_dict"]).items() if key.endswith("pos_embed")}

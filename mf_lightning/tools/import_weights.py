@@ -215,6 +215,7 @@ def _write(out: Path, net: SiT, state: dict[str, Tensor], origin: dict[str, Any]
         "global_step": 0,
         "net": describe_net(net),
         "state_dict": {f"net.{name}": state[name].contiguous().clone() for name in net.state_dict()},
+        "callbacks": {},  # or Lightning asks none of them to look at the checkpoint
         "ema": {"updates": 0, "weights": {}},
         "imported": origin,
     }
