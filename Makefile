@@ -6,13 +6,19 @@ DIGITS := datasets/digits
 PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-slow-share faults bench lint clean
+.PHONY: help quickstart claim ablations test test-all test-slow-share faults bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: .venv/.quickstart $(DIGITS)/dataset.json ## install, prepare the digits, train: 1- and 2-step samples in minutes
 	$(BIN)/python lightning_cli.py fit --config configs/experiment/quickstart.yaml
+
+claim: .venv/.quickstart $(DIGITS)/dataset.json ## MeanFlow's claim, small: 1 step against flow matching at 1 to 32, into docs/results.md, under 30 minutes
+	$(BIN)/python -m scripts.claim $(ARGS)
+
+ablations: .venv/.quickstart $(DIGITS)/dataset.json ## the paper's ablations, small, beside its table, into docs/results.md: an hour or two
+	$(BIN)/python -m scripts.ablations $(ARGS)
 
 test: .venv/.dev ## install with the dev extra and run every test not marked slow
 	$(BIN)/python -m pytest $(PARALLEL)
