@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mf_lightning.checkpoints import read_checkpoint
+from mf_lightning.checkpoints import read_checkpoint, write_checkpoint
 from mf_lightning.flow import MeanFlowLoss
 from mf_lightning.interop.public_sit import reverse_time, with_silent_h
 from mf_lightning.nets import SiT
+from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.types import LatentSpec
 from tests.nets import randomise
 from tests.parity import importing
@@ -92,7 +93,7 @@ def test_zhuyu_averaged_or_raw(tmp_path):
     assert "raw (model)" in printed
     (tmp_path / "ours.ckpt").unlink()
     torch.save({"model": raw}, tmp_path / "raw.pt")
-    assert "expected --weights=ema in it" in refusal(tmp_path, tmp_path / "raw.pt", HEADS, "--weights=ema")
+    assert "raw (model), expected --weights=ema among them" in refusal(tmp_path, tmp_path / "raw.pt", HEADS, "--weights=ema")
 
 
 def test_the_public_sit_runs_backwards(tmp_path):
@@ -167,6 +168,48 @@ def test_own_flow_matching_network_says_the_same_for_every_h(tmp_path):
     at_t = outputs(net, **{**given, "r": given["t"]})
     assert (outputs(ours, **given) - at_t).abs().max() < 1e-6 * at_t.abs().max()
     assert "converted: 4 keys" in printed
+
+    checkpoint = {**read_checkpoint(tmp_path / "ours.ckpt"), "fm_fraction": 1.0, "data": {"kind": "moments"}}
+    del checkpoint["imported"]
+    write_checkpoint(checkpoint, tmp_path / "run.ckpt")  # one of this project's tells it
+    again, printed = importing.imported(tmp_path / "run.ckpt", tmp_path / "again.ckpt")
+    assert "--format=flow-matching" in printed
+    assert outputs(again, **given).equal(outputs(ours, **given))
+    assert read_checkpoint(tmp_path / "again.ckpt")["data"] == {"kind": "moments"}
+
+
+def test_own_checkpoints_raw_averaged_and_consolidated(tmp_path):
+    """They tell everything, the number of heads too; a damaged one is not read."""
+    raw, averaged, given = small_net(), small_net(std=0.2), inputs()
+    importing.imported(_safetensors(raw, tmp_path), tmp_path / "run.ckpt", HEADS)
+    checkpoint = read_checkpoint(tmp_path / "run.ckpt")
+    del checkpoint["imported"]
+    parameters = dict(averaged.named_parameters())
+    checkpoint["ema"] = {"updates": 9, "weights": {"0.9": parameters, "0.99": {k: 2 * v for k, v in parameters.items()}}}
+    checkpoint["ema"]["weights"] = {d: {k: v.detach() for k, v in w.items()} for d, w in checkpoint["ema"]["weights"].items()}
+    write_checkpoint(checkpoint, tmp_path / "run.ckpt")
+    for weights, net in (("raw", raw), ("0.9", averaged)):
+        ours, printed = importing.imported(tmp_path / "run.ckpt", tmp_path / "ours.ckpt", f"--weights={weights}")
+        assert outputs(ours, **given).equal(outputs(net, **given))
+        assert f"weights: {'raw (state_dict)' if weights == 'raw' else 'EMA 0.9;'}" in printed
+    (tmp_path / "ours.ckpt").unlink()
+    for asked in ("auto", "0.5"):
+        assert "EMA 0.9, EMA 0.99, raw (state_dict)" in refusal(tmp_path, tmp_path / "run.ckpt", f"--weights={asked}")
+
+    consolidate(tmp_path / "run.ckpt", tmp_path / "run.safetensors", weights="0.9")
+    ours, _ = importing.imported(tmp_path / "run.safetensors", tmp_path / "ours.ckpt")
+    assert outputs(ours, **given).equal(outputs(averaged, **given))
+    (tmp_path / "ours.ckpt").unlink()
+
+    content = bytearray((tmp_path / "run.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "run.ckpt").write_bytes(content)
+    assert "checksum" in refusal(tmp_path, tmp_path / "run.ckpt", "--weights=raw")
+
+
+def _safetensors(net, folder):
+    save_file(net.state_dict(), folder / "net.safetensors")
+    return folder / "net.safetensors"
 
 
 @pytest.mark.skipif(not importing.JAX, reason="needs the extra jax")

@@ -91,14 +91,18 @@ def choose_weights(tree: Mapping[str, Any], asked: str) -> tuple[str, dict[str, 
     raw = {f"raw ({key})": tree[key] for key in RAW if isinstance(tree.get(key), Mapping) and flatten(tree[key])}
     if not averaged and not raw and flatten(tree):
         raw = {"the file's only weights": tree}
-    if asked not in ("auto", "ema", "raw"):
-        averaged, raw = {name: kept for name, kept in averaged.items() if _is_decay(name, asked)}, {}
-    found = raw if asked == "raw" or (asked == "auto" and not averaged) else averaged
+    have = ", ".join([*averaged, *raw]) or f"no tensors under {', '.join(map(str, list(tree)[:8])) or 'any key'}"
+    if asked == "raw" or (asked == "auto" and not averaged):
+        found = raw
+    else:
+        found = (
+            averaged if asked in ("auto", "ema") else {name: kept for name, kept in averaged.items() if _is_decay(name, asked)}
+        )
     if not found or (len(found) > 1 and found is averaged):
-        have = ", ".join([*averaged, *raw]) or f"no tensors under {', '.join(map(str, list(tree)[:8])) or 'any key'}"
+        expected = "one of them to be chosen" if found else "weights" if asked == "auto" else f"--weights={asked} among them"
         raise UserError(
-            f"Got a file with {have}, expected {'weights' if asked == 'auto' else f'--weights={asked}'} in it. Choose with "
-            "--weights (raw, ema, or an average's decay), or give the file that has them."
+            f"Got a file with {have}, expected {expected}. Choose with --weights (raw, ema, or an average's decay), or give the "
+            "file that has them."
         )
     name, kept = next(iter(found.items()))
     left = [other for other in (*averaged, *raw) if other != name]

@@ -50,7 +50,7 @@ def import_weights(
         out: .ckpt file to write.
         format: whose names, and which way time runs. "sit" willisma/SiT; "repa" REPA; "meanflow" this project and HaoyiZhu;
             "zhuyu" zhuyu-cs; "flax" the official JAX code; "flow-matching" this project's network, trained with
-            fm_fraction 1, whose h path is silenced. "auto" tells them by their keys, and asks where keys do not tell.
+            fm_fraction 1, whose h path is silenced. "auto" tells them by their keys, and asks where those do not tell.
         weights: "ema", "raw", or an average's decay; "auto" takes the average where there is one.
         num_heads: attention heads, for networks that are not of the papers' sizes S, B, M, L, XL: weights do not tell them.
         latent_size: side of a latent, for a source without position table (flax); without it 32, the official one's.
@@ -68,7 +68,8 @@ def import_weights(
     found = _read(source, allow_code)
     check_training(found.tree)
     taken, state, left = choose_weights(found.tree, weights)
-    naming = detect_naming(state) if format == "auto" else format
+    own_flow_matching = format == "auto" and found.tree.get("fm_fraction") == 1
+    naming = "flow-matching" if own_flow_matching else detect_naming(state) if format == "auto" else format
     ours, account = convert(state, naming)
     saved = _own_settings(found)
     _complete_labels(ours, num_classes, account)
@@ -81,7 +82,8 @@ def import_weights(
         "weights": taken,
         "flow_matching": NAMINGS[naming].flow_matching,
     }
-    _write(out, net, ours, origin)
+    kept = {key: found.tree[key] for key in ("data",) if key in found.tree}  # this project's checkpoints tell of their data
+    _write(out, net, ours, {"imported": origin, **kept})
     _tell(source, out, origin, net, account, left)
 
 
@@ -205,7 +207,7 @@ def _few(keys: list[str]) -> str:
     return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
-def _write(out: Path, net: SiT, state: dict[str, Tensor], origin: dict[str, Any]) -> None:
+def _write(out: Path, net: SiT, state: dict[str, Tensor], told: dict[str, Any]) -> None:
     import lightning
 
     checkpoint = {
@@ -217,7 +219,7 @@ def _write(out: Path, net: SiT, state: dict[str, Tensor], origin: dict[str, Any]
         "state_dict": {f"net.{name}": state[name].contiguous().clone() for name in net.state_dict()},
         "callbacks": {},  # or Lightning asks none of them to look at the checkpoint
         "ema": {"updates": 0, "weights": {}},
-        "imported": origin,
+        **told,
     }
     write_checkpoint(checkpoint, out)
 
