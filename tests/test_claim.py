@@ -2,11 +2,13 @@
 
 import functools
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mf_lightning.cli import load
 from mf_lightning.flow import AverageSampler, Draw, EulerSampler, Guidance, MeanFlowLoss, total_derivative
 from mf_lightning.types import UserError
 from scripts import ablations, arms, claim
@@ -95,6 +97,19 @@ def test_flow_matching_learns_the_guided_velocity():
     v_c, v_u = net(z_t, t=t, r=t, y=y), net(z_t, t=t, r=t, y=torch.full_like(y, 4))
     assert torch.allclose(terms.u_tgt, (e - x) + 0.5 * v_c - 0.5 * v_u)
     assert (terms.dudt == 0).all()
+
+
+@pytest.mark.parametrize("sampler", ["Average", "Euler"])
+def test_flow_matching_sampled_by_average_velocities_is_warned_of(sampler, tmp_path):
+    cli = load([
+        "--config", str(SMOKE), f"--trainer.default_root_dir={tmp_path}", "--model.loss.init_args.fm_fraction=1.0",
+        "--sample_eval.num_samples=0", "--sample_grid.rows=1", "--sample_grid.nfe=[1]", "--trainer.limit_val_batches=1",
+        f"--sample_grid.sampler=mf_lightning.flow.{sampler}Sampler", "--trainer.enable_progress_bar=false", "--ema.decays=[]",
+    ])  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    assert any("is sampled by average velocities" in str(w.message) for w in caught) == (sampler == "Average")
 
 
 def x_shape(net) -> tuple[int, ...]:
