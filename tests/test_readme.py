@@ -44,7 +44,7 @@ def test_plain_lines_are_what_make_runs():
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_training_commands_parse(command, tmp_path, capsys, monkeypatch):
-    for name in ("IMAGENET_LATENTS", "IMAGENET_REFERENCE", "CIFAR10_PIXELS"):  # the ImageNet recipes ask for them
+    for name in ("IMAGENET_LATENTS", "IMAGENET_REFERENCE", "CIFAR10_PIXELS", "SIT_XL2"):  # the ImageNet recipes ask for them
         monkeypatch.setenv(name, str(tmp_path))
     arguments = shlex.split(command)
     arguments = arguments[arguments.index(next(a for a in arguments if a.endswith("lightning_cli.py"))) + 1 :]

@@ -101,8 +101,8 @@ def choose_weights(tree: Mapping[str, Any], asked: str) -> tuple[str, dict[str, 
     if not found or (len(found) > 1 and found is averaged):
         expected = "one of them to be chosen" if found else "weights" if asked == "auto" else f"--weights={asked} among them"
         raise UserError(
-            f"Got a file with {have}, expected {expected}. Choose with --weights (raw, ema, or an average's decay), or give the "
-            "file that has them."
+            f"Got a file with {have}, expected {expected}. Choose with --weights (raw, ema, or an average's decay), or give "
+            "the file that has them."
         )
     name, kept = next(iter(found.items()))
     left = [other for other in (*averaged, *raw) if other != name]
