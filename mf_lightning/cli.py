@@ -26,6 +26,7 @@ from mf_lightning.callbacks import (
     LastCheckpoint,
     Liveness,
     NonFiniteGuard,
+    PowerEMA,
     Preemption,
     SampleEval,
     SampleGrid,
@@ -101,6 +102,7 @@ class MeanFlowCLI(LightningCLI):
         parser.add_lightning_class_args(SpikeLog, "spike_log")
         parser.add_lightning_class_args(NonFiniteGuard, "guard")
         parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(PowerEMA, "phema")
         parser.add_lightning_class_args(SampleEval, "sample_eval")
         parser.add_lightning_class_args(SampleGrid, "sample_grid")
         parser.add_lightning_class_args(SampleWriter, "sample_writer")

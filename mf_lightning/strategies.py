@@ -200,7 +200,7 @@ class FSDPStrategy(ModelParallelStrategy):
             like = None
             if keys[0] == "state_dict":
                 like = by_name.get(keys[1])
-            elif keys[0] == "ema" and keys[1] == "weights":
+            elif keys[0] in ("ema", "phema") and keys[1] == "weights":
                 like = by_name.get(f"net.{keys[3]}")
             elif keys[0] == "optimizer_states" and keys[2] == "state" and by_number:
                 like = by_number[keys[1]][keys[3]]

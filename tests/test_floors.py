@@ -12,7 +12,7 @@ FLOORS = {
     "cli": 4, "__main__": 4, "module": 3, "callbacks": 3, "tools": 3, "flow": 2, "nets": 2, "data": 2, "autoencoders": 2,
     "strategies": 3, "checkpoints": 2, "sharding": 1, "launchers": 2, "failures": 3, "report": 2,
     "metrics": 2, "interop": 2, "schedules": 2, "optim": 2, "types": 1, "draws": 1, "pixels": 1, "transfer": 1, "assets": 1,
-    "orphans": 1, "__init__": 1, "sheet": 1, "pipeline": 3,
+    "orphans": 1, "__init__": 1, "sheet": 1, "pipeline": 3, "profiles": 1,
 }  # fmt: skip
 ACROSS = {  # the few ways between rooms of one floor that the table allows
     ("callbacks", "module"), ("module", "callbacks"), ("failures", "callbacks"),

@@ -6,6 +6,7 @@ from mf_lightning.callbacks.ema import EMA
 from mf_lightning.callbacks.guards import NonFiniteGuard
 from mf_lightning.callbacks.heartbeat import Heartbeat
 from mf_lightning.callbacks.liveness import Liveness
+from mf_lightning.callbacks.power_ema import PowerEMA
 from mf_lightning.callbacks.preemption import Preempted, Preemption
 from mf_lightning.callbacks.run_summary import RunSummary
 from mf_lightning.callbacks.sample_eval import SampleEval
@@ -27,6 +28,7 @@ __all__ = [
     "Liveness",
     "MetricsCSV",
     "NonFiniteGuard",
+    "PowerEMA",
     "Preempted",
     "Preemption",
     "RunSummary",
