@@ -1,6 +1,7 @@
-"""Images per second of one-step sampling: generator, decoder and feature extractor apart, and the latency of one image.
+"""Images per second of one-step sampling: generator, decoder and feature extractor apart; one image in torch and ONNX.
 
 python benchmarks/sample.py                                # SiT-S/2 on 16x16x4 latents, on the CPU, plain and compiled
+python benchmarks/sample.py --single --rounds 20           # only one image: eager, compiled, ONNX
 python benchmarks/sample.py --size XL --latent 4 32 32 --batch 64 --device cuda --precision bf16-mixed --cuda-graphs
 
 Decoder and extractor have the architecture of SD-VAE and of Inception and random weights, unless files are given: the time does
@@ -25,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.options import device_of, parser_for
+from benchmarks.single_image import latencies
 from mf_lightning.autoencoders import KLAutoencoder
 from mf_lightning.flow import sample, time_grid
 from mf_lightning.flow.passes import check_compiler, compiled_generator
@@ -59,10 +61,15 @@ def seconds(call: Callable[[], object], rounds: int, device: torch.device) -> fl
     return statistics.median(taken)
 
 
+def network(args: argparse.Namespace, device: torch.device) -> SiT:
+    """Return a network of the size asked for, with random weights."""
+    torch.manual_seed(0)
+    return SiT.of_size(args.size, LatentSpec(tuple(args.latent), 1000), patch_size=args.patch).to(device).eval()
+
+
 def generators(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Return one-step sampling of (noise, labels) in each mode."""
-    torch.manual_seed(0)
-    net = SiT.of_size(args.size, LatentSpec(tuple(args.latent), 1000), patch_size=args.patch).to(device).eval()
+    net = network(args, device)
     calls = {"plain": net}
     if not args.no_compile:
         check_compiler(device)
@@ -110,6 +117,17 @@ def extractor(args: argparse.Namespace, folder: Path, device: torch.device) -> E
 @torch.no_grad()
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, dict]:
     """Return the figures by part and mode."""
+    if args.single and args.precision != "32-true":
+        raise UserError(f"Got --single with --precision {args.precision}, expected 32-true, in which ONNX runs. Leave one out.")
+    if args.precision == "32-true":
+        net = network(args, device)
+        single = {"one latent": latencies(args, net, None, device)}
+        if args.image:
+            single["one image"] = latencies(args, net, decoders(args, folder, device)["plain"], device)
+        if args.single:
+            return single
+    else:
+        single = {}
     shape, found = tuple(args.latent), {"generator": {}, "decoder": {}, "extractor": {}}
     noise, y = torch.randn(args.batch, *shape, device=device), torch.randint(1000, (args.batch,), device=device)
     for name, generator in generators(args, device).items():
@@ -133,23 +151,27 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     features = extractor(args, folder, device)
     taken = seconds(lambda: features.features(images), args.rounds, device)
     found["extractor"]["inception-v3-compat"] = {"images_per_second": args.batch / taken}
-    return found
+    return {**found, **single}
 
 
 def table(found: dict[str, dict]) -> str:
-    lines = [f"{'':40}{'images/s':>10}{'one image, ms':>16}{'equal uint8':>14}"]
+    lines = [f"{'':40}{'images/s':>10}{'one image, ms':>16}{'equal uint8':>14}{'of eager':>10}"]
     for part, rows in found.items():
         for name, row in rows.items():
-            speed = f"{row['images_per_second']:.2f}" if "images_per_second" in row else "refused"
+            speed = f"{row['images_per_second']:.2f}" if "images_per_second" in row else "-" if "ratio" in row else "refused"
             latency = f"{row['latency_ms']:.1f}" if "latency_ms" in row else "-"
             equal = f"{row['equal_share']:.3%}" if row.get("equal_share") is not None else "-"
-            lines.append(f"{part + ', ' + name:40}{speed:>10}{latency:>16}{equal:>14}")
+            ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+            lines.append(f"{part + ', ' + name:40}{speed:>10}{latency:>16}{equal:>14}{ratio:>10}")
     return "\n".join(lines)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_for(__doc__, batch=8, rounds=5)
     parser.add_argument("--no-compile", action="store_true", help="plain sampling only")
+    parser.add_argument("--no-onnx", action="store_true", help="one image in torch only")
+    parser.add_argument("--single", action="store_true", help="one image only: eager, compiled, ONNX, in turn")
+    parser.add_argument("--image", action="store_true", help="one image also with its decoder behind the generator")
     parser.add_argument("--cuda-graphs", action="store_true", help="also captured in CUDA graphs")
     parser.add_argument("--autoencoder", help="folder in diffusers' layout instead of random SD-VAE weights")
     parser.add_argument("--extractor-weights", help="file of Inception weights instead of random ones")

@@ -103,3 +103,15 @@ def test_sample_prints_each_part():
     assert report["generator"]["plain"]["latency_ms"] > 0
     assert report["decoder"]["channels_last"]["equal_share"] >= 0.999
     assert report["extractor"]["inception-v3-compat"]["images_per_second"] > 0
+
+
+def test_sample_times_one_image_in_torch_and_onnx():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    options = ["--single", "--size", "S", "--patch", "8", "--latent", "4", "8", "8", "--rounds", "1", "--no-compile", "--json"]
+    result = python(ROOT / "benchmarks" / "sample.py", *options)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = json.loads(result.stdout.splitlines()[-1])["one latent"]
+    assert set(rows) == {"eager", "onnx"}
+    assert rows["eager"]["ratio"] == 1
+    assert rows["onnx"]["ratio"] == pytest.approx(rows["onnx"]["latency_ms"] / rows["eager"]["latency_ms"])

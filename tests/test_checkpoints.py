@@ -21,6 +21,7 @@ from mf_lightning.checkpoints import find_last, is_sharded_checkpoint, publish, 
 from mf_lightning.checkpoints.files import write_checkpoint
 from mf_lightning.cli import load
 from mf_lightning.nets import SiT
+from mf_lightning.pipeline import MeanFlowPipeline
 from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.types import LatentSpec, UserError
 from tests.runs import RECIPES, ROOT, command_line, error_of
@@ -512,6 +513,14 @@ def test_weights_of_both_kinds_of_checkpoint_in_one_file(halves, tmp_path, capsy
         net.load_state_dict(made["fsdp"], strict=True)
     raw, average = (load_file(tmp_path / "fsdp" / f"{name}.safetensors") for name in ("raw", "0.9"))
     assert any(not torch.equal(raw[key], average[key]) for key in raw)
+
+
+def test_pictures_of_both_kinds_of_checkpoint(halves):
+    made = [MeanFlowPipeline.from_checkpoint(halves(way), weights="0.9", device="cpu") for way in ("one", "fsdp")]
+    one, other = ([image.tobytes() for image in pipeline(n=3)] for pipeline in made)
+    assert one == other
+    assert made[0].description == made[1].description
+    assert made[1].description.data.autoencoder == "pixel"
 
 
 def test_what_consolidate_refuses(halves, tmp_path):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mf_lightning.__main__ import main as commands
 from mf_lightning.cli import main
+from tests.generators import digits_info, write_generator
 from tests.runs import ROOT, command_line, python
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,10 +70,26 @@ def test_other_commands_exist(command):
     assert result.returncode == 0
 
 
+def test_sample_and_export_commands_run(tmp_path, monkeypatch):
+    """On a small checkpoint in the place of the quickstart's; nothing is sent."""
+    monkeypatch.chdir(tmp_path)
+    write_generator(tmp_path / "runs" / "quickstart" / "checkpoints" / "last.ckpt", digits_info())
+    ran = [
+        shlex.split(c)[3:] for c in COMMANDS if c.startswith(("python -m mf_lightning sample", "python -m mf_lightning export"))
+    ]
+    assert len(ran) >= 6
+    for words in ran:
+        if "--push" not in words:
+            commands([*words, "--device=cpu"] if words[0] == "sample" else words)
+            assert any(Path(word).exists() for word in words[2:]), words
+
+
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
 def test_python_blocks_run(code, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "block.py").write_text(code)
+    if "runs/quickstart/" in code:
+        write_generator(tmp_path / "runs" / "quickstart" / "checkpoints" / "last.ckpt", digits_info())
     result = python("block.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     if "write_info" in code:

@@ -90,7 +90,7 @@ def export_onnx(pipeline: MeanFlowPipeline, file: Path, *, image: bool, opset: i
     module = one_step(pipeline, image=image)
     values = inputs(pipeline, 2)
     try:
-        with _quiet() as said:
+        with _quiet():
             program = torch.onnx.export(
                 module,
                 tuple(values.values()),
@@ -103,17 +103,17 @@ def export_onnx(pipeline: MeanFlowPipeline, file: Path, *, image: bool, opset: i
             )
             got = program.model.opset_imports.get("")
             if got != opset:
-                raise ValueError(f"operators that it lacks; {got} has them")
+                raise ValueError(f"{_lacking(program, opset)}; opset {got} can")
             program.model.metadata_props.update(_metadata(pipeline, image))
             size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
             program.save(str(file), external_data=size > LARGEST_FILE)
             session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     except (torch.onnx.errors.OnnxExporterError, ValueError, RuntimeError) as error:
-        raise _no_opset(opset, error, said) from error
+        raise _no_opset(opset, error) from error
     except Exception as error:
         if "onnxruntime" not in type(error).__module__:
             raise
-        raise _no_opset(opset, error, said) from error
+        raise _no_opset(opset, error) from error
 
     def run(**values: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in values.items()})[0])
@@ -129,7 +129,7 @@ def _program(pipeline: MeanFlowPipeline, module: OneStep) -> torch.export.Export
 
 def _any_batch(values: dict[str, Tensor]) -> dict[str, Any]:
     batch = torch.export.Dim("batch", min=1)
-    return {name: {0: batch} for name in values} if len(values) == 2 else {"noise": {0: batch}, "label": None}
+    return {name: {0: batch} for name in values}
 
 
 def _metadata(pipeline: MeanFlowPipeline, image: bool) -> dict[str, str]:
@@ -158,23 +158,34 @@ def _checked(pipeline: MeanFlowPipeline, run: Callable[..., Tensor], *, image: b
     return worst
 
 
-def _no_opset(opset: int, error: Exception, said: io.StringIO) -> UserError:
-    lines = [line.strip() for line in said.getvalue().splitlines() if "No Previous Version" in line]
-    what = " ".join(str(error).split())[:200] + (f" ({lines[-1].rpartition(': ')[2]})" if lines else "")
+def _lacking(program: torch.onnx.ONNXProgram, opset: int) -> str:
+    """Return which of a model's operators an opset has not got."""
+    from onnx import defs
+
+    found = []
+    for name in sorted({node.op_type for node in program.model.graph}):
+        try:
+            defs.get_schema(name, max_inclusive_version=opset)
+        except defs.SchemaError:
+            found.append(name)
+    return f"it has no {', '.join(found)}" if found else "its operators mean something else"
+
+
+def _no_opset(opset: int, error: Exception) -> UserError:
     return UserError(
-        f"Got --opset {opset}, which cannot express this network ({what}), expected {OPSET} or another that this torch writes. "
-        "Leave --opset out."
+        f"Got --opset {opset}, which cannot express this network ({' '.join(str(error).split())[:200]}), expected {OPSET} or "
+        "another that this torch writes. Leave --opset out."
     )
 
 
 @contextmanager
-def _quiet() -> Iterator[io.StringIO]:
-    """Keep what exporters print, log and warn of; it is returned."""
+def _quiet() -> Iterator[None]:
+    """Keep back what exporters print, log and warn of."""
     said, level = io.StringIO(), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stdout(said), redirect_stderr(said), torch.no_grad():
             warnings.simplefilter("ignore")
-            yield said
+            yield
     finally:
         logging.disable(level)

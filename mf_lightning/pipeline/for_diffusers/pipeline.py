@@ -28,7 +28,7 @@ class MeanFlowDiffusionPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ("vae",)
+    _optional_components = ["vae"]  # noqa: RUF012
 
     def __init__(self, transformer: torch.nn.Module, vae: AutoencoderKL | None) -> None:
         super().__init__()
