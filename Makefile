@@ -6,7 +6,7 @@ DIGITS := datasets/digits
 PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart claim ablations test test-all test-slow-share faults bench lint clean
+.PHONY: help quickstart claim ablations notebooks test test-all test-slow-share faults bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,11 +27,14 @@ test-all: .venv/.dev ## the slow tests too: the whole quickstart, two processes,
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-slow-share: .venv/.dev
-	$(BIN)/python -m pytest $(PARALLEL) -m slow -k "not quickstart and not killed_runs" tests/test_torchrun.py tests/test_slow.py tests/faults
+	$(BIN)/python -m pytest $(PARALLEL) -m slow -k "not quickstart and not killed_runs" tests/test_torchrun.py tests/test_slow.py tests/test_notebooks.py tests/faults
 	$(BIN)/python -m tests.faults --kills 8 --seed 1
 
 faults: .venv/.dev ## kill runs at random moments, resume them, compare: 25 kills, about 5 minutes (python -m tests.faults --kills N)
 	$(BIN)/python -m tests.faults --kills 25
+
+notebooks: .venv/.dev ## run the notebooks, put their pictures into docs/images: about 6 minutes
+	$(BIN)/python -m scripts.notebooks $(ARGS)
 
 bench: .venv/.dev ## the training step against flow matching, and sampling: figures of this machine, about 5 minutes
 	$(BIN)/python benchmarks/train_step.py
