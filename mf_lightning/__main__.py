@@ -10,6 +10,7 @@ from jsonargparse import auto_cli
 from mf_lightning.tools.adopt import adopt
 from mf_lightning.tools.consolidate import consolidate
 from mf_lightning.tools.dashboard import dashboard
+from mf_lightning.tools.demo import demo
 from mf_lightning.tools.digits import prepare_digits
 from mf_lightning.tools.encode import encode
 from mf_lightning.tools.export import export
@@ -40,6 +41,7 @@ def main(args: list[str] | None = None) -> None:
             "phema": phema,
             "import": import_weights,
             "sample": sample,
+            "demo": demo,
             "export": export,
             "report": report,
             "dashboard": dashboard,

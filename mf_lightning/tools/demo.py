@@ -1,0 +1,316 @@
+"""`python -m mf_lightning demo`: a checkpoint in the browser."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import html
+import io
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from mf_lightning.flow.sampler import Sampler
+from mf_lightning.pipeline import MeanFlowPipeline
+from mf_lightning.pipeline.requests import choose_grid
+from mf_lightning.sheet import to_picture
+from mf_lightning.tools.generators import open_generator
+from mf_lightning.tools.sample import SAMPLERS
+from mf_lightning.types import UserError
+
+if TYPE_CHECKING:
+    import gradio
+
+NFES = (1, 2, 4)
+LOOPBACK = "127.0.0.1"
+PORTS = range(7860, 7960)
+SMOOTH = 128
+"""Pictures at least this many pixels wide are drawn smoothly, smaller ones as squares."""
+LONGEST = 60
+"""Characters of an input that a message repeats."""
+STYLE = """
+.mf-row {display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .75rem; max-width: 54rem}
+.mf-row figure {margin: 0}
+.mf-row img {display: block; width: 100%; border-radius: 4px}
+.mf-row img.squares {image-rendering: pixelated}
+.mf-row figcaption {padding-top: .4rem; font-variant-numeric: tabular-nums}
+.mf-row b {white-space: nowrap}
+.mf-message {margin: 0; padding: .75rem 1rem; border-left: 4px solid #dc2626; overflow-wrap: anywhere}
+"""
+
+
+def demo(
+    checkpoint: Path,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    share: bool = False,
+    weights: str | None = None,
+    sampler: Literal["average", "euler"] = "average",
+    autoencoder: str | None = None,
+    data: str | None = None,
+    device: str | None = None,
+    trust_net: bool = False,
+) -> None:
+    """Serve a page on which a checkpoint draws pictures, until it is interrupted; it fetches nothing from elsewhere.
+
+    Args:
+        checkpoint: a file, a directory of shards, or a folder that `export` made.
+        host: address to listen at; 0.0.0.0 lets other machines in.
+        port: without it a free one from 7860 on.
+        share: also open a public address, through a tunnel of Gradio's makers.
+        weights: "raw", or an average's decay; without it the one that the run's evaluation used.
+        sampler: "euler" follows the instantaneous velocity, for flow-matching networks.
+        autoencoder: local directory or hub name, where the one that made the latents is not found by its id.
+        data: directory of the data set, where the checkpoint does not describe it.
+        device: without it a GPU where there is one.
+        trust_net: import a network class of another package, which runs its code.
+
+    Raises:
+        UserError: a checkpoint or an address that cannot be used.
+        ImportError: Gradio is not there.
+    """
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")  # read when it is imported and launched
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError("The page needs the package gradio: pip install 'mf_lightning[demo]'") from error
+    port = free_port(host, port)
+    how = {"weights": weights, "autoencoder": autoencoder, "data": data, "device": device, "trust_net": trust_net}
+    studio = Studio(open_generator(checkpoint, **how), SAMPLERS[sampler]())
+    page = build_page(studio, title=f"mf_lightning: {checkpoint.name}")
+    around = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
+    os.environ["NO_PROXY"] = ",".join(filter(None, [around, LOOPBACK, "localhost", host]))  # launch looks whether it answers
+    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    name = f"[{host}]" if ":" in host else host
+    ways = {"server_name": name, "server_port": port, "share": share, "ssr_mode": False, "quiet": True}
+    try:
+        *_, public = page.launch(**ways, prevent_thread_lock=True, theme=theme, css=STYLE, footer_links=[])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"Got {host}:{port}, where no page can be served ({error}), expected another --host or --port."
+        ) from error
+    print(f"http://{name}:{port}/ (Ctrl+C ends it)" + (f", for everyone: {public}" if public else ""), flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nended")
+    finally:
+        page.close(verbose=False)
+
+
+def free_port(host: str, port: int | None) -> int:
+    """Return the port asked for, or the first of ``PORTS`` that nobody listens at.
+
+    Raises:
+        UserError: it is in use or not allowed, or the host is not this machine's.
+    """
+    if port is None:
+        found = next((candidate for candidate in PORTS if _is_free(host, candidate)), None)
+        if found is None:
+            raise UserError(
+                f"Got no free port from {PORTS.start} to {PORTS.stop - 1}, expected one. Give another, --port=9000."
+            )
+        return found
+    if not 1 <= port <= 65535:
+        raise UserError(f"Got --port={port}, expected a number from 1 to 65535, or none: a free one is then found.")
+    if not _is_free(host, port):
+        after = [*range(port + 1, min(port + 100, 65536)), *PORTS]
+        other = next((candidate for candidate in after if _is_free(host, candidate)), None)
+        raise UserError(f"Got --port={port}, which is in use, expected a free one. Give --port={other}, or leave it out.")
+    return port
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Return whether nobody listens at a port, of the loopback either, where Gradio looks."""
+    for name in dict.fromkeys((host, LOOPBACK)):
+        try:
+            family, kind, *_, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that closed a moment ago is free
+                trial.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            why = f"Got --host={host} and port {port}, where this machine may not listen ({error.strerror or error})"
+            raise UserError(
+                f"{why}, expected an address of this machine and a port above 1023. Try --host={LOOPBACK}."
+            ) from error
+    return True
+
+
+def answered(ask: Callable[..., str]) -> Callable[..., str]:
+    """Return a function whose failures are messages on the page."""
+
+    @wraps(ask)
+    def answer(*inputs: object) -> str:
+        try:
+            return ask(*inputs)
+        except UserError as error:
+            words = str(error)
+        except RuntimeError as error:  # torch's, for example no memory left on the device
+            words = f"The network failed: {str(error).splitlines()[0]}"
+        return f'<p class="mf-message" role="alert">{html.escape(words)}</p>'
+
+    return answer
+
+
+class Studio:
+    """A generator that answers the page: what its fields hold => HTML.
+
+    All pictures are made one after the other on one thread, so that none is timed while another is made, and the thread, whose
+    first pass is slower, has been warmed up.
+
+    Args:
+        pipeline: the generator.
+        sampler: how a jump is made.
+    """
+
+    def __init__(self, pipeline: MeanFlowPipeline, sampler: Sampler) -> None:
+        self.pipeline = pipeline
+        self.sampler = sampler
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        noise, y = pipeline.request(n=1)
+        for nfe in NFES:
+            self._make(noise, y, nfe, "")
+        self._make(*pipeline.between(torch.zeros(1)), NFES[0], "")
+
+    @property
+    def conditions(self) -> str:
+        """What the milliseconds are of."""
+        pipeline = self.pipeline
+        device = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else str(pipeline.device)
+        kind = str(pipeline.dtype).removeprefix("torch.")
+        return (
+            f"Milliseconds are of the network and the decoder together, batch size 1, {kind}, device {device}, one measurement "
+            f"after a warm-up. Weights: {pipeline.description.weights}, step {pipeline.description.step:,}."
+        )
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Return the classes as they are shown, and their numbers, which are never ambiguous."""
+        return [
+            (name if name == str(number) else f"{number}: {name}", str(number))
+            for number, name in enumerate(self.pipeline.class_names)
+        ]
+
+    def side_by_side(self, seed: object, label: object = None) -> str:
+        """Return pictures of one noise and class at each NFE."""
+        classes = [_class(label)] if self.pipeline.num_classes else None
+        noise, y = self.pipeline.request(classes, n=1, seed=_seed(seed))
+        about = f"seed {str(seed).strip()}" + ("" if y is None else f", class {self.pipeline.class_names[int(y[0])]}")
+        return _row([self._make(noise, y, nfe, about) for nfe in NFES])
+
+    def on_the_way(
+        self,
+        nfe: object,
+        noise_weight: object,
+        seed: object,
+        last_seed: object,
+        class_weight: object = 0,
+        label: object = None,
+        last_label: object = None,
+    ) -> str:
+        """Return the picture between two noises and between two classes, each with a weight of its own."""
+        if nfe not in NFES:
+            raise UserError(f"Got NFE {_short(nfe)}, expected one of {', '.join(map(str, NFES))}.")
+        seeds = [_seed(seed), _seed(last_seed)]
+        noise, y = self.pipeline.between(_weight(noise_weight), seeds=seeds)
+        if self.pipeline.num_classes:
+            _, y = self.pipeline.between(_weight(class_weight), labels=[_class(label), _class(last_label)])
+        return _row([self._make(noise, y, int(nfe), f"noise at {noise_weight}, class at {class_weight}")])
+
+    def _make(self, noise: Tensor, y: Tensor | None, nfe: int, about: str) -> str:
+        """Return one picture and its milliseconds as a figure."""
+        grid = choose_grid(nfe, None)
+        made = self._worker.submit(self.pipeline.generate, noise, y, grid=grid, sampler=self.sampler, batch_size=1).result()
+        file = io.BytesIO()
+        to_picture(made.pixels[0]).save(file, "PNG")
+        source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        squares = ' class="squares"' if made.pixels.shape[-1] < SMOOTH else ""
+        words = f"NFE {made.nfe} <b>{1000 * made.seconds:.1f} ms</b>"
+        alt = html.escape(f"{about}, NFE {made.nfe}")
+        return f'<figure><img src="{source}" alt="{alt}"{squares}><figcaption>{words}</figcaption></figure>'
+
+
+def _row(figures: list[str]) -> str:
+    return f'<div class="mf-row">{"".join(figures)}</div>'
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else text[:LONGEST] + "…"
+
+
+def _seed(value: object) -> int:
+    text = str(value).strip()
+    if not (text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
+        raise UserError(f"Got the seed {_short(value)}, expected a whole number from 0 to 2^64 - 1. Type one, for example 0.")
+    return int(text)
+
+
+def _class(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > LONGEST:
+        raise UserError(f"Got the class {_short(value)}, expected one of the list, by its number or name.")
+    return value
+
+
+def _weight(value: object) -> Tensor:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"Got {_short(value)} for a place on the way, expected a number from 0 (first) to 1 (last).")
+    return torch.tensor([float(value)], dtype=torch.float64)
+
+
+def _next_seed(value: object) -> str:
+    """Return the seed after one; 0 after what is none."""
+    try:
+        return str((_seed(value) + 1) % 2**64)
+    except UserError:
+        return "0"
+
+
+def build_page(studio: Studio, *, title: str) -> gradio.Blocks:
+    """Return the page; its fields reach :class:`Studio` unchecked, which tells what is wrong with them."""
+    import gradio as gr
+
+    classes, last = studio.choices(), max(0, len(studio.choices()) - 1)
+    # a newer request replaces one that waits
+    live = {"preprocess": False, "trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
+
+    def pick(label: str, number: int, name: str) -> list[gradio.Dropdown]:
+        kept = {"allow_custom_value": True, "label": label, "elem_id": name, "min_width": 120}
+        return [gr.Dropdown(classes, value=classes[number][1], **kept)] if classes else []
+
+    def number(label: str, value: str, name: str) -> gradio.Textbox:
+        return gr.Textbox(value, label=label, elem_id=name, min_width=120, max_lines=1)
+
+    def place(label: str, name: str) -> gradio.Slider:
+        return gr.Slider(0, 1, value=0, step=0.01, label=label, elem_id=name)
+
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.HTML(f"<h2>{html.escape(title)}</h2><p>{html.escape(studio.conditions)}</p>", elem_id="about")
+        gr.HTML("<h3>One noise, three numbers of network passes (NFE)</h3>")
+        with gr.Row():
+            chosen, seed = pick("Class", 0, "class"), number("Seed", "0", "seed")
+            following = gr.Button("Next seed", elem_id="next", min_width=120)
+        pictures = gr.HTML(studio.side_by_side(*["0", *(choice.value for choice in chosen)]), elem_id="pictures")
+        gr.HTML("<h3>Between two noises and two classes</h3>")
+        with gr.Row():
+            ends = [number("First seed", "0", "first-seed"), number("Last seed", "1", "last-seed")]
+            end_classes = [*pick("First class", 0, "first-class"), *pick("Last class", last, "last-class")]
+        noise_place = place("Noise: first to last", "noise-place")
+        class_place = [place("Class: first to last", "class-place")] if classes else []
+        nfe = gr.Radio(list(NFES), value=NFES[0], label="NFE", elem_id="nfe")
+        fields = [nfe, noise_place, *ends, *class_place, *end_classes]
+        between = gr.HTML(studio.on_the_way(*(field.value for field in fields)), elem_id="between")
+
+        gr.on([field.change for field in [seed, *chosen]], answered(studio.side_by_side), [seed, *chosen], pictures, **live)
+        gr.on([field.change for field in fields], answered(studio.on_the_way), fields, between, **live)
+        following.click(_next_seed, seed, seed, show_progress="hidden", api_visibility="private")
+    return page
