@@ -24,6 +24,9 @@ from mf_lightning.tools.stats import stats
 from mf_lightning.tools.verify import verify
 from mf_lightning.types import UserError
 
+FLAGS = ("--json", "--interpolate")
+"""Options that mean true when they stand alone."""
+
 
 def main(args: list[str] | None = None) -> None:
     """Run one command; a mistake of the user's ends in one message and exit code 2, an interrupt in one and 130."""
@@ -57,14 +60,14 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _with_values(args: list[str]) -> list[str]:
-    """Return the arguments as jsonargparse wants them: ``--json`` alone as ``--json=true``, RUN RUN as one list."""
+    """Return the arguments as jsonargparse wants them: a flag alone as ``--json=true``, RUN RUN as one list."""
     if args[:1] == ["report"]:
         count = next((number for number, arg in enumerate(args[1:]) if arg.startswith("-")), len(args) - 1)
         runs, options = args[1 : 1 + count], args[1 + count :]
         args = ["report", *([json.dumps(runs)] if runs else []), *options]
     following = [*args[1:], ""]
     return [
-        f"{arg}=true" if arg == "--json" and after not in ("true", "false") else arg
+        f"{arg}=true" if arg in FLAGS and after not in ("true", "false") else arg
         for arg, after in zip(args, following, strict=True)
     ]
 

@@ -226,7 +226,7 @@ def test_the_command_draws_sheets(pixels, tmp_path, capsys):
     assert rows.height < rows.width < 3 * 80 + 60  # two rows of three, each 64 wide
     run(pixels, tmp_path / "nfe.png", "--nfe=1,2,4", "--n=3")
     assert capsys.readouterr().out.count("NFE") == 3
-    run(pixels, tmp_path / "way.png", "--interpolate=true", "--classes=cat,dog", "--n=4")
+    run(pixels, tmp_path / "way.png", "--interpolate", "--classes=cat,dog", "--n=4")
     run(pixels, tmp_path / "one.png", "--classes=dog", "--n=1", "--grid=1,0.3,0")
     (alone,) = MeanFlowPipeline.from_checkpoint(pixels, device="cpu")("dog", grid=[1, 0.3, 0])
     assert np.array_equal(np.asarray(Image.open(tmp_path / "one.png")), np.asarray(alone))

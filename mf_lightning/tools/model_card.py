@@ -161,8 +161,7 @@ def _figures(pipeline: MeanFlowPipeline, run: Run | None) -> str:
     told = pipeline.description
     if run is None or not run.rows:
         return "None are known: no sample_eval.jsonl with figures lay beside the checkpoint."
-    ema = None if told.weights == "raw" else float(told.weights.removeprefix("ema "))
-    rows = [row for row in run.rows if row.step == told.step and row.ema == ema]
+    rows = [row for row in run.rows if row.step == told.step and _of(row.ema, told.weights)]
     if not rows:
         steps = ", ".join(f"{step:,}" for step in sorted({row.step for row in run.rows}))
         return f"None of these weights ({told.weights}, step {told.step:,}): the run was scored at the steps {steps}."
@@ -171,6 +170,14 @@ def _figures(pipeline: MeanFlowPipeline, run: Run | None) -> str:
         same = [row for row in rows if row.protocol_id == protocol]
         blocks += [_scores(same), f"Protocol `{protocol}`:", _table({k: str(v) for k, v in same[0].protocol.items()})]
     return "\n\n".join(blocks)
+
+
+def _of(ema: float | None, weights: str) -> bool:
+    """Tell whether figures of an average, None for raw weights, are those of the exported weights."""
+    try:
+        return ema == (None if weights == "raw" else float(weights.removeprefix("ema ")))
+    except ValueError:  # an average that is named otherwise, which evaluation never scores
+        return False
 
 
 def _scores(rows: list[Row]) -> str:
