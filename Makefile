@@ -33,7 +33,7 @@ test-slow-share: .venv/.dev
 faults: .venv/.dev ## kill runs at random moments, resume them, compare: 25 kills, about 5 minutes (python -m tests.faults --kills N)
 	$(BIN)/python -m tests.faults --kills 25
 
-notebooks: .venv/.dev ## run the notebooks, put their pictures into docs/images: about 6 minutes
+notebooks: .venv/.dev ## run the notebooks, put their pictures into docs/images: about 4 minutes
 	$(BIN)/python -m scripts.notebooks $(ARGS)
 
 bench: .venv/.dev ## the training step against flow matching, and sampling: figures of this machine, about 5 minutes
