@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import errno
 import html
 import io
 import os
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +17,11 @@ import torch
 from torch import Tensor
 
 from mf_lightning.flow.sampler import Sampler
-from mf_lightning.pipeline import MeanFlowPipeline
+from mf_lightning.pipeline import Generated, MeanFlowPipeline
 from mf_lightning.pipeline.requests import choose_grid
 from mf_lightning.sheet import to_picture
 from mf_lightning.tools.generators import open_generator
+from mf_lightning.tools.listening import LOOPBACK, free_port
 from mf_lightning.tools.sample import SAMPLERS
 from mf_lightning.types import UserError
 
@@ -30,14 +29,13 @@ if TYPE_CHECKING:
     import gradio
 
 NFES = (1, 2, 4)
-LOOPBACK = "127.0.0.1"
-PORTS = range(7860, 7960)
 SMOOTH = 128
 """Pictures at least this many pixels wide are drawn smoothly, smaller ones as squares."""
+WARM_UP_S = 10
 LONGEST = 60
 """Characters of an input that a message repeats."""
 STYLE = """
-.mf-row {display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .75rem; max-width: 54rem}
+.mf-row {display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 18rem); gap: .75rem}
 .mf-row figure {margin: 0}
 .mf-row img {display: block; width: 100%; border-radius: 4px}
 .mf-row img.squares {image-rendering: pixelated}
@@ -106,46 +104,6 @@ def demo(
         page.close(verbose=False)
 
 
-def free_port(host: str, port: int | None) -> int:
-    """Return the port asked for, or the first of ``PORTS`` that nobody listens at.
-
-    Raises:
-        UserError: it is in use or not allowed, or the host is not this machine's.
-    """
-    if port is None:
-        found = next((candidate for candidate in PORTS if _is_free(host, candidate)), None)
-        if found is None:
-            raise UserError(
-                f"Got no free port from {PORTS.start} to {PORTS.stop - 1}, expected one. Give another, --port=9000."
-            )
-        return found
-    if not 1 <= port <= 65535:
-        raise UserError(f"Got --port={port}, expected a number from 1 to 65535, or none: a free one is then found.")
-    if not _is_free(host, port):
-        after = [*range(port + 1, min(port + 100, 65536)), *PORTS]
-        other = next((candidate for candidate in after if _is_free(host, candidate)), None)
-        raise UserError(f"Got --port={port}, which is in use, expected a free one. Give --port={other}, or leave it out.")
-    return port
-
-
-def _is_free(host: str, port: int) -> bool:
-    """Return whether nobody listens at a port, of the loopback either, where Gradio looks."""
-    for name in dict.fromkeys((host, LOOPBACK)):
-        try:
-            family, kind, *_, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that closed a moment ago is free
-                trial.bind(address)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return False
-            why = f"Got --host={host} and port {port}, where this machine may not listen ({error.strerror or error})"
-            raise UserError(
-                f"{why}, expected an address of this machine and a port above 1023. Try --host={LOOPBACK}."
-            ) from error
-    return True
-
-
 def answered(ask: Callable[..., str]) -> Callable[..., str]:
     """Return a function whose failures are messages on the page."""
 
@@ -177,10 +135,16 @@ class Studio:
         self.pipeline = pipeline
         self.sampler = sampler
         self._worker = ThreadPoolExecutor(max_workers=1)
-        noise, y = pipeline.request(n=1)
-        for nfe in NFES:
-            self._make(noise, y, nfe, "")
-        self._make(*pipeline.between(torch.zeros(1)), NFES[0], "")
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Make pictures until three in a row are no faster than one before them, for about ten seconds at most."""
+        fastest, waited, spent = float("inf"), 0, 0.0
+        ways = [self.pipeline.request(n=1), self.pipeline.between(torch.zeros(1))]
+        while waited < 3 and spent < WARM_UP_S:
+            seconds = sum(self._generate(noise, y, NFES[0]).seconds for noise, y in ways)
+            waited = 0 if seconds < 0.9 * fastest else waited + 1
+            fastest, spent = min(fastest, seconds), spent + seconds
 
     @property
     def conditions(self) -> str:
@@ -226,10 +190,16 @@ class Studio:
             _, y = self.pipeline.between(_weight(class_weight), labels=[_class(label), _class(last_label)])
         return _row([self._make(noise, y, int(nfe), f"noise at {noise_weight}, class at {class_weight}")])
 
-    def _make(self, noise: Tensor, y: Tensor | None, nfe: int, about: str) -> str:
-        """Return one picture and its milliseconds as a figure."""
+    def _generate(self, noise: Tensor, y: Tensor | None, nfe: int) -> Generated:
         grid = choose_grid(nfe, None)
-        made = self._worker.submit(self.pipeline.generate, noise, y, grid=grid, sampler=self.sampler, batch_size=1).result()
+        return self._worker.submit(self.pipeline.generate, noise, y, grid=grid, sampler=self.sampler, batch_size=1).result()
+
+    def _make(self, noise: Tensor, y: Tensor | None, nfe: int, about: str) -> str:
+        return self._figure(self._generate(noise, y, nfe), about)
+
+    @staticmethod
+    def _figure(made: Generated, about: str) -> str:
+        """Return one picture and its milliseconds."""
         file = io.BytesIO()
         to_picture(made.pixels[0]).save(file, "PNG")
         source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -280,8 +250,8 @@ def build_page(studio: Studio, *, title: str) -> gradio.Blocks:
     import gradio as gr
 
     classes, last = studio.choices(), max(0, len(studio.choices()) - 1)
-    # a newer request replaces one that waits
-    live = {"preprocess": False, "trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    live = {"preprocess": False, "trigger_mode": "always_last", **quiet}  # while one request is answered, only the newest waits
 
     def pick(label: str, number: int, name: str) -> list[gradio.Dropdown]:
         kept = {"allow_custom_value": True, "label": label, "elem_id": name, "min_width": 120}
@@ -296,7 +266,7 @@ def build_page(studio: Studio, *, title: str) -> gradio.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.HTML(f"<h2>{html.escape(title)}</h2><p>{html.escape(studio.conditions)}</p>", elem_id="about")
         gr.HTML("<h3>One noise, three numbers of network passes (NFE)</h3>")
-        with gr.Row():
+        with gr.Row(equal_height=True):
             chosen, seed = pick("Class", 0, "class"), number("Seed", "0", "seed")
             following = gr.Button("Next seed", elem_id="next", min_width=120)
         pictures = gr.HTML(studio.side_by_side(*["0", *(choice.value for choice in chosen)]), elem_id="pictures")
@@ -304,13 +274,17 @@ def build_page(studio: Studio, *, title: str) -> gradio.Blocks:
         with gr.Row():
             ends = [number("First seed", "0", "first-seed"), number("Last seed", "1", "last-seed")]
             end_classes = [*pick("First class", 0, "first-class"), *pick("Last class", last, "last-class")]
-        noise_place = place("Noise: first to last", "noise-place")
-        class_place = [place("Class: first to last", "class-place")] if classes else []
-        nfe = gr.Radio(list(NFES), value=NFES[0], label="NFE", elem_id="nfe")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=200):
+                between = gr.HTML(elem_id="between")
+            with gr.Column(scale=3, min_width=200):
+                noise_place = place("Noise: first to last", "noise-place")
+                class_place = [place("Class: first to last", "class-place")] if classes else []
+                nfe = gr.Radio(list(NFES), value=NFES[0], label="NFE", elem_id="nfe")
         fields = [nfe, noise_place, *ends, *class_place, *end_classes]
-        between = gr.HTML(studio.on_the_way(*(field.value for field in fields)), elem_id="between")
+        between.value = studio.on_the_way(*(field.value for field in fields))
 
         gr.on([field.change for field in [seed, *chosen]], answered(studio.side_by_side), [seed, *chosen], pictures, **live)
         gr.on([field.change for field in fields], answered(studio.on_the_way), fields, between, **live)
-        following.click(_next_seed, seed, seed, show_progress="hidden", api_visibility="private")
+        following.click(_next_seed, seed, seed, **quiet)
     return page
