@@ -268,7 +268,7 @@ def build_page(studio: Studio, *, title: str) -> gradio.Blocks:
         gr.HTML("<h3>One noise, three numbers of network passes (NFE)</h3>")
         with gr.Row(equal_height=True):
             chosen, seed = pick("Class", 0, "class"), number("Seed", "0", "seed")
-            following = gr.Button("Next seed", elem_id="next", min_width=120)
+            following = gr.Button("Next seed", elem_id="next", scale=0, min_width=140)
         pictures = gr.HTML(studio.side_by_side(*["0", *(choice.value for choice in chosen)]), elem_id="pictures")
         gr.HTML("<h3>Between two noises and two classes</h3>")
         with gr.Row():
