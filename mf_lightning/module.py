@@ -262,7 +262,7 @@ class MeanFlowModule(LightningModule):
         self.log("train/grad_norm", norm, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a stranger needs to sample from the file: its format, the network's class and settings, what its data are."""
+        """Add what one needs to sample from the file: its format, the network's class and settings, what its data is."""
         self.before_saving()
         checkpoint["format_version"] = CHECKPOINT_FORMAT
         checkpoint["net"] = describe_net(self.net)
