@@ -158,6 +158,8 @@ def test_the_page_fits_a_phone(address):
         images = [image.bounding_box() for image in page.locator(PICTURES).all()]
         assert len({box["y"] for box in images}) == 1  # side by side
         assert min(box["width"] for box in images) > 60
+        fields = [field.bounding_box() for field in page.locator("input:visible, textarea:visible, button:visible").all()]
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0] for box in [*images, *fields])
 
 
 @pytest.fixture(scope="module")
