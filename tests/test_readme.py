@@ -64,10 +64,15 @@ def test_benchmark_commands_parse(command):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "-m mf_lightning" in c])
-def test_other_commands_exist(command):
+def test_other_commands_have_these_options(command, capsys):
     words = shlex.split(command)
-    result = python("-m", "mf_lightning", words[words.index("mf_lightning") + 1], "--help")
-    assert result.returncode == 0
+    name, *given = words[words.index("mf_lightning") + 1 :]
+    with pytest.raises(SystemExit) as stop:
+        commands([name, "--help"])
+    assert stop.value.code == 0
+    known = capsys.readouterr().out
+    for option in (word.split("=")[0] for word in given if word.startswith("--")):
+        assert re.search(rf"{option}\b", known), option
 
 
 def test_sample_and_export_commands_run(tmp_path, monkeypatch):
