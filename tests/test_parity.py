@@ -83,7 +83,7 @@ def test_a_perturbed_field_fails(oracles, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ok"] is False
     failed = {row["quantity"]: row["error"] for row in report["rows"] if row["status"] == FAIL}
-    assert set(failed) == {"u", "u (attention: math)"}
+    assert set(failed) == {"u", "u (attention: math)", "u (imported, torch)", "u (imported, safetensors)"}
     assert all(error == pytest.approx(1e-3, rel=0.01) for error in failed.values())
 
 
