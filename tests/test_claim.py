@@ -226,6 +226,7 @@ def test_an_arm_is_used_again_with_its_own_settings_only(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_killed_arm_goes_on_and_a_finished_one_is_kept(tmp_path, monkeypatch):
     """Through the command line: killed after step 2 of 3, then trained to the end and scored, then only read."""
     plan, arm = plan_in(tmp_path), claim.ARMS["meanflow"]
@@ -252,6 +253,7 @@ def test_a_killed_arm_goes_on_and_a_finished_one_is_kept(tmp_path, monkeypatch):
         measure(arm, [0], plan_in(tmp_path, options=(*TINY, "--data.init_args.batch_size=16")))
 
 
+@pytest.mark.slow
 def test_the_commands_write_page_and_plot(tmp_path, monkeypatch):
     """Both commands, end to end, with two arms of three steps each."""
     page = tmp_path / "docs" / "results.md"

@@ -55,7 +55,7 @@ def test_latents_train_decode_and_score_with_a_computed_reference(latents, tmp_p
     expected = [(step, nfe, ema) for step in (2, 4) for ema in (0.995, None) for nfe in (1, 2)]
     assert [(row["step"], row["nfe"], row["ema"]) for row in rows] == expected
     (reference,) = root.glob("reference-*.npz")
-    assert rows[0]["protocol"]["reference"].startswith(reference.name)
+    assert rows[0]["protocol"]["reference"] == f"training split, decoded, {reference.stem.split('-')[1]}"
     assert {"fid/nfe1", "fid/nfe1/raw"} <= set(cli.trainer.callback_metrics)
 
 

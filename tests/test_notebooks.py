@@ -10,7 +10,7 @@ from PIL import Image
 from scripts.notebooks import IMAGES, NOTEBOOKS, execute, pictures
 from tests.runs import ROOT
 
-SLOW = ("2_", "3_")
+SLOW = ("1_", "2_", "3_")
 CPU_SECONDS = 180
 RUN = [pytest.param(path, id=path.stem[:1], marks=[pytest.mark.slow] * path.name.startswith(SLOW)) for path in NOTEBOOKS]
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -358,6 +358,7 @@ def test_the_made_average_is_scored_and_sampled(whole, tmp_path, capsys):
         assert file.metadata()["weights"] == "phema 0.1"
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_process_snapshots(tmp_path):
     """DDP and FSDP, in float64, with a resumed FSDP run."""
     common = {"trainer.precision": "64-true", "phema.dtype": "float32", "trainer.max_steps": 6, "trainer.val_check_interval": 3}
