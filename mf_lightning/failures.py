@@ -25,6 +25,7 @@ from mf_lightning.launchers import is_lost, process_rank, under_slurm, under_tor
 from mf_lightning.types import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_AFTER_THE_CAUSE_S = 3  # torchrun, whose clock counts whole seconds, names the first to fail as the cause: not one that lost it
 
 
 def end(error: Exception) -> int | None:
@@ -34,9 +35,14 @@ def end(error: Exception) -> int | None:
     message = message_of(error)
     if message is None:
         return None
-    _record(error, message)
-    _say_once(f"error: {message}", lost=is_lost(error))
-    return 1 if is_lost(error) else 2
+    lost = is_lost(error)
+    if not lost:
+        _record(error, message)
+    _say_once(f"error: {message}", lost=lost)
+    if lost:
+        time.sleep(_AFTER_THE_CAUSE_S)
+        _record(error, message)
+    return 1 if lost else 2
 
 
 def leave(code: int | None, error: Exception) -> NoReturn:
