@@ -9,16 +9,13 @@ FID at 1 NFE, as in the paper. Finished arms are used again, killed ones go on. 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from mf_lightning.report.charts import exact
 from mf_lightning.types import UserError
-from scripts.arms import RECIPE, Arm, Measured, Plan, measure
+from scripts.arms import RECIPE, Arm, Measured, Plan, measure, run_command
 from scripts.claim import GUIDANCE
 from scripts.results_page import PAGE, cost_table, figure, machine, markdown, protocol_of, write_section
 
@@ -185,12 +182,8 @@ def order_words(group: Group, results: dict[str, Measured]) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command; a mistake of the user's, or a run that failed, is one message."""
-    try:
-        auto_cli(ablations, args=args, prog="python -m scripts.ablations")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run the command."""
+    run_command(ablations, args)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import auto_cli
 
 from mf_lightning import flow
 from mf_lightning.callbacks.curves import read_rows
@@ -282,3 +283,12 @@ def _collect(result: Measured, folder: Path, record: dict[str, Any], plan: Plan)
     result.threads |= {stage["threads"] for stage in record["stages"] if stage["threads"]}
     result.date = max(result.date, *(stage["started"][:10] for stage in record["stages"]))
     result.versions, result.device = sessions[-1]["versions"], sessions[-1]["device"]
+
+
+def run_command(function: Callable[..., None], args: list[str] | None = None) -> None:
+    """Run a comparison from the command line; a mistake of the user's, or a run that failed, is one message."""
+    try:
+        auto_cli(function, args=args, prog=f"python -m scripts.{function.__name__}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -9,16 +9,13 @@ table and plot into docs/results.md. Finished arms are used again, killed ones g
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-from jsonargparse import auto_cli
 
 from mf_lightning.flow import AverageSampler, EulerSampler
 from mf_lightning.report.charts import Chart, Series, exact
 from mf_lightning.report.png import save_png
 from mf_lightning.types import UserError
-from scripts.arms import RECIPE, Arm, Measured, Plan, measure
+from scripts.arms import RECIPE, Arm, Measured, Plan, measure, run_command
 from scripts.results_page import (
     PAGE,
     cost_table,
@@ -194,12 +191,8 @@ def verdict(title: str, fm: Measured, mf: Measured, plan: Plan) -> list[str]:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command; a mistake of the user's, or a run that failed, is one message."""
-    try:
-        auto_cli(claim, args=args, prog="python -m scripts.claim")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Run the command."""
+    run_command(claim, args)
 
 
 if __name__ == "__main__":
