@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mf_lightning.__main__ import main as commands
 from mf_lightning.callbacks import EMA
 from mf_lightning.checkpoints import read_checkpoint
 from mf_lightning.cli import load, main
@@ -110,6 +111,17 @@ def test_imported_weights_are_scored_as_they_are(imported, tmp_path):
     one, other = (lines(tmp_path / str(number) / "sample_eval.jsonl")[0] for number in (0, 1))
     assert one["fid"] == other["fid"]
     assert json.loads(json.dumps(one))["step"] == 0
+
+
+def test_imported_weights_are_sampled_with_an_autoencoder_that_is_given(imported, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        commands(["sample", str(imported), str(tmp_path / "none.png"), "--n=2", "--device=cpu"])
+    said = capsys.readouterr().err
+    assert "--autoencoder" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "none.png").exists()
+    commands(["sample", str(imported), str(tmp_path / "two.png"), "--n=2", "--device=cpu", "--autoencoder=pixel"])
+    assert (tmp_path / "two.png").stat().st_size > 100
 
 
 def test_a_schedule_is_a_function_of_the_step():

@@ -16,6 +16,7 @@ from mf_lightning.__main__ import main as command
 from mf_lightning.callbacks import PowerEMA
 from mf_lightning.checkpoints import read_checkpoint, snapshots
 from mf_lightning.checkpoints.snapshots import Header, checksum, combine, drop_later, list_snapshots, write_snapshot
+from mf_lightning.checkpoints.weights import load_initial
 from mf_lightning.cli import load
 from mf_lightning.profiles import WIDEST, exponent, fit_profile, inner_products, newest_share, step_weights, width
 from mf_lightning.types import UserError
@@ -349,6 +350,16 @@ def test_the_made_average_is_scored_and_sampled(whole, tmp_path, capsys):
     weights = read_checkpoint(made)["state_dict"]
     assert torch.equal(cli.model.net.state_dict()["final_layer.linear.weight"], weights["net.final_layer.linear.weight"])
     assert '"step": 12' in (tmp_path / "sample_eval.jsonl").read_text()
+    net = cli.model.net
+    with torch.no_grad():
+        for value in net.parameters():
+            value.zero_()
+    load_initial(net, str(made))  # model.init_from
+    command(["export", str(made), str(tmp_path / "exported"), "--to=safetensors"])
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, weights[f"net.{name}"]), name
+        assert torch.equal(value, exported[name]), name
     command(["phema", str(whole), "--sigma_rel=0.1", "--step=9", f"--out={tmp_path / 'nine.safetensors'}"])
     nine = load_file(tmp_path / "nine.safetensors")
     stored = load_file(whole / "snapshots" / "step00000009_sigma0.100.safetensors")

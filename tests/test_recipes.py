@@ -71,6 +71,8 @@ def recipe(data, flow_matching_checkpoint, monkeypatch, tmp_path):
         args += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--sample_eval.num_samples=0", "--sample_grid.rows=0"]
         if name == "quickstart":
             args.append(f"--data.init_args.path={data['digits']}")
+        if name == "own_images":
+            args.append(f"--data.init_args.path={data['imagenet']}")
         if name != "smoke":
             args.append("--data.init_args.autoencoder=null")
         return load(args)
