@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def measure(args: argparse.Namespace) -> dict[str, float | int | str]:
         after, place = Whole(before), next(i for i, c in enumerate(trainer.callbacks) if isinstance(c, SampleEval))
         evaluation = trainer.callbacks[place]
         trainer.callbacks[place : place + 1] = [before, evaluation, after, stages]
+        warnings.filterwarnings("ignore", message=".*no logger configured")  # meant so: figures go nowhere here
         trainer.validate(run.model, run.datamodule, verbose=False)
     return {
         "images": args.images,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ class FeatureStore:
         for number, row in zip(index.tolist(), rows, strict=True):
             place, owner = divmod(number, self.processes)
             assert owner == self.rank, "each process keeps its own images"
-            os.pwrite(self._file.fileno(), row.tobytes(), place * self._row)
+            if os.pwrite(self._file.fileno(), row.tobytes(), place * self._row) != self._row:  # a full disk takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tempfile.gettempdir()}/features-*")
             self._written[place] = True
 
     def local(self, places: np.ndarray) -> Tensor:
