@@ -1,11 +1,12 @@
 """Images per second of one-step sampling: generator, decoder and feature extractor apart; one image in torch and ONNX.
 
 python benchmarks/sample.py                                # SiT-S/2 on 16x16x4 latents, on the CPU, plain and compiled
-python benchmarks/sample.py --single --rounds 20           # only one image: eager, compiled, ONNX
+python benchmarks/sample.py --single --rounds 20           # one latent only: eager, compiled, ONNX
+python benchmarks/sample.py --single --image --rounds 20   # and one image, with its decoder
 python benchmarks/sample.py --size XL --latent 4 32 32 --batch 64 --device cuda --precision bf16-mixed --cuda-graphs
 
-Decoder and extractor have the architecture of SD-VAE and of Inception and random weights, unless files are given: the time does
-not depend on them. The last line on stdout is one JSON object.
+The network has random weights, and so have decoder and extractor, of the architecture of SD-VAE and of Inception, unless files
+are given: the time does not depend on them. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -170,8 +171,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_for(__doc__, batch=8, rounds=5)
     parser.add_argument("--no-compile", action="store_true", help="plain sampling only")
     parser.add_argument("--no-onnx", action="store_true", help="one image in torch only")
-    parser.add_argument("--single", action="store_true", help="one image only: eager, compiled, ONNX, in turn")
-    parser.add_argument("--image", action="store_true", help="one image also with its decoder behind the generator")
+    parser.add_argument(
+        "--single", action="store_true", help="only one latent of a random network: eager, compiled, ONNX, in turn"
+    )
+    parser.add_argument("--image", action="store_true", help="also one image: the decoder behind the network")
     parser.add_argument("--cuda-graphs", action="store_true", help="also captured in CUDA graphs")
     parser.add_argument("--autoencoder", help="folder in diffusers' layout instead of random SD-VAE weights")
     parser.add_argument("--extractor-weights", help="file of Inception weights instead of random ones")

@@ -105,13 +105,24 @@ def test_sample_prints_each_part():
     assert report["extractor"]["inception-v3-compat"]["images_per_second"] > 0
 
 
-def test_sample_times_one_image_in_torch_and_onnx():
+@pytest.mark.parametrize(
+    ("more", "kinds"),
+    [
+        (["--no-compile"], {"eager", "onnx"}),
+        pytest.param([], {"eager", "compiled", "onnx"}, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "compiled"],
+)
+def test_sample_times_one_latent_side_by_side(more, kinds):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    options = ["--single", "--size", "S", "--patch", "8", "--latent", "4", "8", "8", "--rounds", "1", "--no-compile", "--json"]
+    options = ["--single", "--size", "S", "--patch", "8", "--latent", "4", "8", "8", "--rounds", "1", "--json", *more]
     result = python(ROOT / "benchmarks" / "sample.py", *options)
     assert result.returncode == 0, result.stderr[-2000:]
-    rows = json.loads(result.stdout.splitlines()[-1])["one latent"]
-    assert set(rows) == {"eager", "onnx"}
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert "one image" not in report
+    rows = report["one latent"]
+    assert set(rows) == kinds
     assert rows["eager"]["ratio"] == 1
-    assert rows["onnx"]["ratio"] == pytest.approx(rows["onnx"]["latency_ms"] / rows["eager"]["latency_ms"])
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(row["latency_ms"] / rows["eager"]["latency_ms"])

@@ -247,6 +247,30 @@ def test_a_port_in_use_is_told_with_another_one(tmp_path, capsys):
         assert listening.free_port(listening.LOOPBACK, int(other)) == int(other) != port
 
 
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    pytest.importorskip("gradio")
+    file = write_generator(tmp_path / "tiny.ckpt", pixel_info())
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", str(file), "--device=gpu"])
+    assert stop.value.code == 2
+    assert "Got the device gpu" in capsys.readouterr().err
+
+
+def test_weights_of_classes_are_asked_for_between_classes_only(studio, monkeypatch):
+    """Networks need take int64 labels only; then the page is made all the same, and noise is dragged."""
+    look_up = studio.pipeline.net.y_embedder.forward
+
+    def labels_only(y):
+        if y.is_floating_point():
+            raise RuntimeError("weights of classes")
+        return look_up(y)
+
+    monkeypatch.setattr(studio.pipeline.net.y_embedder, "forward", labels_only)
+    other = demo.Studio(studio.pipeline, AverageSampler())
+    assert picture(other.on_the_way(1, 0.5, "3", "4", 0, "0", "2"))
+    assert "weights of classes" in demo.answered(other.on_the_way)(1, 0.5, "3", "4", 0.5, "0", "2")
+
+
 def test_a_port_is_found_from_7860_on(monkeypatch):
     monkeypatch.setattr(listening, "_is_free", lambda host, port: port > 7862)
     assert listening.free_port(listening.LOOPBACK, None) == 7863

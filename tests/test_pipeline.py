@@ -14,7 +14,7 @@ from mf_lightning.cli import load
 from mf_lightning.data.shards import write_info
 from mf_lightning.flow import EulerSampler
 from mf_lightning.nets.embed import LabelEmbedder
-from mf_lightning.pipeline import MeanFlowPipeline
+from mf_lightning.pipeline import MeanFlowPipeline, requests
 from mf_lightning.types import UserError
 from tests.generators import SHIPPED, digits_info, pixel_info, write_generator
 from tests.runs import RECIPES
@@ -54,15 +54,56 @@ def test_the_average_in_use_is_taken_and_others_on_request(checkpoint, pipeline)
             assert torch.equal(net.get_parameter(key) if key != "pos_embed" else net.pos_embed, value)
 
 
+def near(one, other):
+    """Tell whether pictures differ by at most one grey level."""
+    differences = [np.abs(a.astype(int) - b).max() for a, b in zip(arrays(one), arrays(other), strict=True)]
+    return max(differences) <= 1
+
+
 def test_a_picture_is_a_function_of_seed_and_number(pipeline):
     many = pipeline(n=12, seed=5)
     assert same(pipeline(n=3, seed=5), many[:3])
-    assert same(pipeline(n=12, seed=5, batch_size=5), many)
+    assert len({array.tobytes() for array in arrays(many)}) == 12
     assert not same(pipeline(n=3, seed=6), many[:3])
+    assert same(pipeline([2, 3], seed=5)[:1], pipeline(2, seed=5))
     three_seeds = pipeline([4], seed=[5, 6, 5])
     assert same([three_seeds[0]], [three_seeds[2]])
     assert same([three_seeds[1]], pipeline([4], seed=6))
-    assert same(pipeline([4, 1], n=4), [pipeline([4, 1], n=4)[k] for k in range(4)])
+    assert not same([three_seeds[0]], [three_seeds[1]])
+    classes_in_turn = pipeline([4, 1], n=4, seed=5)
+    assert same(classes_in_turn[::2], pipeline(4, n=4, seed=5)[::2])
+    assert same(classes_in_turn[1::2], pipeline(1, n=4, seed=5)[1::2])
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_pictures_made_many_at_a_time_are_the_same(pipeline, monkeypatch, size):
+    """As on a GPU: batches of another size round some values the other way."""
+    alone, asked = pipeline(n=12, seed=5), []
+
+    def at_once(self, batch_size):
+        asked.append(batch_size)
+        return batch_size
+
+    monkeypatch.setattr(MeanFlowPipeline, "_at_once", at_once)
+    assert near(pipeline(n=12, seed=5, batch_size=size), alone)
+    assert asked == [size]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", "cuda:x"])
+def test_a_device_that_is_not_there(checkpoint, tmp_path, device, capsys):
+    with pytest.raises(UserError, match=rf"Got the device {device} \(.*expected one that is there: cpu"):
+        MeanFlowPipeline.from_checkpoint(checkpoint, device=device)
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", str(checkpoint), str(tmp_path / "a.png"), f"--device={device}"])
+    assert stop.value.code == 2
+    assert f"Got the device {device}" in capsys.readouterr().err
+
+
+def test_mps_is_refused_where_there_is_none(pipeline):
+    if torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(UserError, match="Got the device mps"):
+        requests.choose_device("mps")
 
 
 def test_pictures_are_those_of_predict(tmp_path):
@@ -114,6 +155,7 @@ def test_classes_by_name_and_number(pixels):
         ({"n": 0}, "Got n = 0"),
         ({"seed": -1}, "Got the seeds"),
         ({"batch_size": 0}, "Got batch_size = 0"),
+        ({"sampler": "heun"}, "Got the sampler 'heun', expected one of average, euler"),
     ],
 )
 def test_what_cannot_be_asked_for(pipeline, asked, message):
@@ -142,6 +184,31 @@ def test_a_way_begins_and_ends_at_the_pictures_it_goes_between(pipeline):
         assert len({np.asarray(image).tobytes() for image in way}) == 5
     with pytest.raises(UserError, match="3 seeds"):
         pipeline.interpolate(seeds=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, r"Got the seed 0 and the class 0 at both ends, .* Give two seeds \(0,1\), two classes"),
+        ({"seeds": (4, 4), "labels": [3, "3"]}, "Got the seed 4 and the class 3 at both ends"),
+        ({"seeds": (0, 1), "labels": []}, "Got no classes"),
+        ({"seeds": (0, 1), "labels": ""}, "Got the class ''"),
+    ],
+)
+def test_ways_that_cannot_be(pipeline, asked, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.interpolate(**asked, n=3)
+
+
+def test_a_class_that_stays_is_a_label(pipeline):
+    """Networks promise to take int64 labels; weights of classes go to them only between two."""
+    way = torch.tensor([0, 0.5, 1])
+    assert pipeline.between(way, seeds=(0, 1), labels=4)[1].tolist() == [4, 4, 4]
+    assert pipeline.between(way, seeds=(0, 1))[1].dtype == torch.int64
+    assert pipeline.between(way[::2], labels=(4, 7))[1].tolist() == [4, 7]
+    mixed = pipeline.between(way, labels=(4, 7))[1]
+    assert mixed.dtype == pipeline.dtype
+    assert mixed[1].tolist() == [0, 0, 0, 0, 0.5, 0, 0, 0.5, 0, 0, 0]
 
 
 def test_noise_on_the_way_has_the_size_of_noise(pipeline):
@@ -207,12 +274,25 @@ def test_what_a_checkpoint_cannot_be(tmp_path, change, message):
 
 def test_flow_matching_is_sampled_by_euler(tmp_path):
     pipeline = MeanFlowPipeline.from_checkpoint(write_generator(tmp_path / "a.ckpt", pixel_info(), fm_fraction=1), device="cpu")
-    assert len(pipeline(n=1, nfe=4, sampler=EulerSampler())) == 1
+    assert same(pipeline(n=1, nfe=4, sampler=EulerSampler()), pipeline(n=1, nfe=4, sampler="euler"))
 
 
 def test_another_autoencoder_is_refused(checkpoint):
     with pytest.raises(UserError, match="Got the autoencoder pixel, expected mf_lightning:digits/autoencoder@"):
         MeanFlowPipeline.from_checkpoint(checkpoint, autoencoder="pixel", device="cpu")(n=1)
+
+
+@pytest.mark.parametrize(
+    ("info", "autoencoder", "message"),
+    [
+        (digits_info, "pixel", "Got the autoencoder pixel for latents of 4 channels, .* it decodes 1 or 3, pictures"),
+        (pixel_info, SHIPPED, "Got the autoencoder mf_lightning:.* for latents of 1 channels, .* it decodes 4. Give"),
+    ],
+)
+def test_an_autoencoder_of_other_channels_is_refused(tmp_path, info, autoencoder, message):
+    file = write_generator(tmp_path / "a.ckpt", info(), told=False)
+    with pytest.raises(UserError, match=message):
+        MeanFlowPipeline.from_checkpoint(file, weights="raw", autoencoder=autoencoder, device="cpu")
 
 
 def run(*words):
@@ -245,6 +325,7 @@ def test_the_command_draws_sheets(pixels, tmp_path, capsys):
         (["a.png", "--weights=0.5"], "Got --weights 0.5, expected raw or one of the checkpoint's averages: 0.9, 0.99"),
         (["a.png", "--n=0"], "Got n = 0"),
         (["a.png", "--scale=0"], "Got --scale=0"),
+        (["a.png", "--interpolate"], "Got the seed 0 and the class 0 at both ends, expected something to go between"),
     ],
 )
 def test_the_command_refuses_in_one_line(pixels, tmp_path, words, message, capsys):

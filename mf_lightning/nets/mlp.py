@@ -51,7 +51,7 @@ class MLP(nn.Module):
         condition = self.t_embedder(t).x + self.h_embedder(t - r).x  # (B, H)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(y)
-        hidden = self.z_embedder(z_t.reshape(len(z_t), -1))  # (B, H)
+        hidden = self.z_embedder(z_t.reshape(z_t.shape[0], -1))  # (B, H)
         for block in self.blocks:
             hidden = hidden + block(nn.functional.silu(hidden + condition))
         return self.final(nn.functional.silu(hidden + condition)).reshape(z_t.shape)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from mf_lightning.autoencoders import PixelAutoencoder
 from mf_lightning.checkpoints import read_header
 from mf_lightning.checkpoints.averages import choose_weights, read_weights, told
+from mf_lightning.checkpoints.weights import imported_name
 from mf_lightning.data.shards import DatasetInfo, read_info
-from mf_lightning.pipeline.autoencoder import named_autoencoder
+from mf_lightning.pipeline.autoencoder import check_channels, named_autoencoder
 from mf_lightning.types import LatentSpec, UserError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -34,13 +35,25 @@ class Description:
     data: DatasetInfo
     """What it was trained on, without splits."""
     weights: str
-    """Which weights they are: "raw", "ema 0.9999"."""
+    """Which weights they are: "raw", "ema 0.9999", and of imported ones what the source calls them."""
     step: int
     """Optimizer steps behind them."""
     flow_matching: bool = False
     """Whether the network only ever learned the instantaneous velocity, and cannot jump."""
     autoencoder: str | None = None
     """Where the autoencoder lies, if not where its id says."""
+    origin: dict[str, Any] | None = None
+    """What `import` or `phema` noted of weights that they made: source, container, format, weights; None for a run's own."""
+
+    @property
+    def imported(self) -> str | None:
+        """Name of weights that no fit saved, as it stands in a protocol, "ema of meanflow-B4.pth"; None for a run's own."""
+        return imported_name({"imported": self.origin})
+
+    @property
+    def name(self) -> str:
+        """Name of the weights, whoever made them."""
+        return self.imported or self.weights
 
     def plain(self) -> dict[str, Any]:
         """Return what ``config.json`` holds."""
@@ -52,6 +65,7 @@ class Description:
             "weights": self.weights,
             "step": self.step,
             "flow_matching": self.flow_matching,
+            "imported": self.origin,
         }
 
 
@@ -109,13 +123,15 @@ def load_checkpoint(
         whole.get("fm_fraction", setting(settings, "model", "loss", "init_args", "fm_fraction")) == 1
         or setting(whole, "imported", "flow_matching") is True
     )
+    origin = whole.get("imported")
     description = Description(
         net=whole["net"],
         data=_find_data(path, whole, settings, data=data, autoencoder=autoencoder),
-        weights=told(name),
+        weights=told(name) if origin is None else origin["weights"],
         step=whole.get("global_step", 0),
         flow_matching=flow_matching,
         autoencoder=autoencoder or setting(settings, *source),
+        origin=origin,
     )
     return build_net(description.net, tensors, trust_net=trust_net), description
 
@@ -135,6 +151,7 @@ def _find_data(
         info = read_info(noted)
     elif autoencoder is not None:
         found = named_autoencoder(autoencoder)
+        check_channels(found, shape[0])
         scale = {"scale": found.scale, "shift": found.shift, "factor": getattr(found, "factor", 1)}
         info = _assumed(shape, classes, autoencoder=found.id, **scale)
     elif str(setting(settings, "data", "class_path")).endswith("SevenSegmentDataModule"):
@@ -222,14 +239,27 @@ def parse_description(body: dict[str, Any], *, autoencoder: str | None = None) -
     """
     if body["format"] != FORMAT or body["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format {body['format']!r}, version {body['format_version']!r}")
+    net, origin = body["net"], body.get("imported")
+    _check_types(body, {"net": dict, "data": dict, "weights": str, "step": int, "flow_matching": bool})
+    _check_types(net, {"class_path": str, "init_args": dict})
+    if origin is not None:
+        _check_types(body, {"imported": dict})
+        _check_types(origin, {"source": str, "weights": str})
     return Description(
-        net=body["net"],
+        net=net,
         data=DatasetInfo.described(body["data"]),
         weights=body["weights"],
         step=body["step"],
         flow_matching=body["flow_matching"],
         autoencoder=autoencoder,
+        origin=origin,
     )
+
+
+def _check_types(fields: dict[str, Any], wanted: dict[str, type]) -> None:
+    for name, kind in wanted.items():
+        if not isinstance(fields[name], kind):
+            raise TypeError(f"{name} is {fields[name]!r}")
 
 
 def load_folder(folder: Path, *, trust_net: bool) -> tuple[nn.Module, Description]:

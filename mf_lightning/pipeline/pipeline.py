@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mf_lightning.checkpoints.metadata import weights_metadata
 from mf_lightning.flow.sampler import AverageSampler, CountedPasses, Sampler, sample
 from mf_lightning.pipeline import requests
 from mf_lightning.pipeline.autoencoder import open_autoencoder
@@ -112,7 +113,7 @@ class MeanFlowPipeline:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.net.state_dict().items()}
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(state, folder / WEIGHTS_FILE, metadata=weights_metadata(self.description.plain()))
         (folder / CONFIG_FILE).write_text(json.dumps(self.description.plain(), indent=1) + "\n")
 
     @cached_property
@@ -148,10 +149,7 @@ class MeanFlowPipeline:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> MeanFlowPipeline:
         """Move the network; None is a GPU where there is one."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"Got the device {device}, expected one that is there. Use cpu.")
-        self.net.to(device=device, dtype=dtype)
+        self.net.to(device=requests.choose_device(device), dtype=dtype)
         return self
 
     def __call__(
@@ -162,7 +160,7 @@ class MeanFlowPipeline:
         seed: int | Sequence[int] = 0,
         nfe: int | None = None,
         grid: Sequence[float] | None = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler | str | None = None,
         batch_size: int = 64,
     ) -> list[Image.Image]:
         """Return pictures.
@@ -173,7 +171,7 @@ class MeanFlowPipeline:
             seed: pictures 0, 1, ... of one seed, or the first picture of each of several.
             nfe: network passes for each, in equal jumps; None is 1.
             grid: times of the jumps instead, falling from 1 to 0.
-            sampler: how a jump is made; None is MeanFlow's.
+            sampler: how a jump is made, for example "euler" for flow-matching networks; None is MeanFlow's.
             batch_size: pictures at a time on a GPU.
 
         Raises:
@@ -208,15 +206,15 @@ class MeanFlowPipeline:
         y: Tensor | None,
         *,
         grid: Sequence[float] = (1.0, 0.0),
-        sampler: Sampler | None = None,
+        sampler: Sampler | str | None = None,
         batch_size: int = 64,
     ) -> Generated:
         """Return pictures of noise, (N, C, h, w), and labels: (N,) int64, or (N, num_classes + 1) weights between classes."""
         if batch_size < 1:
             raise UserError(f"Got batch_size = {batch_size}, expected at least 1.")
-        sampler = sampler or AverageSampler()
+        sampler = requests.choose_sampler(sampler)
         self._check_sampler(sampler)
-        size = 1 if self.device.type == "cpu" else batch_size
+        size = self._at_once(batch_size)
         noise = noise.to(self.device, self.dtype)
         counted, parts = CountedPasses(self.net), []
         start = self._now()
@@ -234,11 +232,14 @@ class MeanFlowPipeline:
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         return to_uint8(self.autoencoder.to(latents.device).decode(latents / data.scale + data.shift)).cpu()
 
+    def _at_once(self, batch_size: int) -> int:
+        return 1 if self.device.type == "cpu" else batch_size
+
     def _check_sampler(self, sampler: Sampler) -> None:
         if self.description.flow_matching and isinstance(sampler, AverageSampler):
             raise UserError(
                 "Got a flow-matching network to sample with MeanFlow's jumps, expected EulerSampler: how to jump it was never "
-                "taught. Give --sampler=euler with a larger nfe (sampler=mf_lightning.flow.EulerSampler() in Python)."
+                "taught. Give --sampler=euler with a larger nfe (sampler='euler' in Python)."
             )
 
     def _now(self) -> float:
@@ -253,7 +254,7 @@ class MeanFlowPipeline:
         nfe: Sequence[int] = (1, 2, 4),
         n: int | None = None,
         seed: int | Sequence[int] = 0,
-        sampler: Sampler | None = None,
+        sampler: Sampler | str | None = None,
         scale: int = 1,
     ) -> Image.Image:
         """Return a sheet that compares numbers of passes: a column is one noise and class, a row is an NFE.
@@ -279,7 +280,7 @@ class MeanFlowPipeline:
         n: int = 9,
         nfe: int | None = None,
         grid: Sequence[float] | None = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler | str | None = None,
     ) -> list[Image.Image]:
         """Return pictures on the way from one noise to another, from one class to another, or both.
 
@@ -290,30 +291,30 @@ class MeanFlowPipeline:
             nfe, grid, sampler: as when called.
         """
         weight = torch.linspace(0, 1, requests.check_count(n), dtype=torch.float64)
-        noise, y = self.between(weight, seeds=seeds, labels=labels)
+        noise, y = self.between(weight, seeds=seeds, labels=labels, moving=True)
         grid = requests.choose_grid(nfe, grid)
         return [to_picture(pixels) for pixels in self.generate(noise, y, grid=grid, sampler=sampler).pixels]
 
     def between(
-        self, weight: Tensor, *, seeds: int | Sequence[int] = 0, labels: Sequence[Label] | Label | None = None
+        self,
+        weight: Tensor,
+        *,
+        seeds: int | Sequence[int] = 0,
+        labels: Sequence[Label] | Label | None = None,
+        moving: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return noise, (N, C, h, w), and weights of classes, (N, num_classes + 1), on the way between two, for
-        :meth:`generate`.
+        """Return noise, (N, C, h, w), and labels, (N,) int64, or weights, (N, num_classes + 1), on the way between two.
 
         Args:
             weight: where on the way, (N,) in [0, 1].
             seeds, labels: as for :meth:`interpolate`.
+            moving: refuse a way that ends where it began.
         """
-        ends, numbers = requests.check_seeds(seeds), []
-        if labels is not None or self.num_classes:
-            numbers = requests.class_numbers(labels or 0, self.class_names, self.num_classes)
-        if len(ends) > 2 or len(numbers) > 2:
-            raise UserError(
-                f"Got {len(ends)} seeds and {len(numbers)} classes to go between, expected one or two of each: one that stays, "
-                "or a first and a last."
-            )
+        ends, numbers = requests.way_ends(seeds, labels, self.class_names, self.num_classes)
+        if moving:
+            requests.check_moves(ends, numbers)
         noise = requests.between_noises(self.noise(ends[0]), self.noise(ends[-1]), weight)
         if not numbers:
             return noise, None
-        mixed = requests.between_classes(numbers[0], numbers[-1], weight, self.num_classes + 1)
-        return noise, mixed.to(self.device, self.dtype)
+        mixed = requests.between_classes(numbers[0], numbers[-1], weight, self.num_classes + 1, dtype=self.dtype)
+        return noise, mixed.to(self.device)

@@ -1,4 +1,4 @@
-"""What may be asked for, checked at the door: classes, seeds, steps, and points between two pictures."""
+"""What may be asked for, checked at the door: devices, classes, seeds, steps, and points between two pictures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,44 @@ from torch import Tensor
 
 from mf_lightning import draws
 from mf_lightning.draws import Stream
-from mf_lightning.flow.sampler import check_grid, time_grid
+from mf_lightning.flow.sampler import AverageSampler, EulerSampler, Sampler, check_grid, time_grid
 from mf_lightning.types import UserError
 
 Label = int | str
+SAMPLERS: dict[str, type[Sampler]] = {"average": AverageSampler, "euler": EulerSampler}
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return a device; None is a GPU where there is one.
+
+    Raises:
+        UserError: no such device, or one that is not there.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=chosen).cpu()  # what is not there, or holds no values (meta), fails here
+    except (RuntimeError, AssertionError, ImportError) as error:
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise UserError(
+            f"Got the device {device} ({str(error).strip().splitlines()[0][:200]}), expected one that is there: "
+            f"{', '.join(there)}. Give one of these, or none."
+        ) from error
+    return chosen
+
+
+def choose_sampler(sampler: Sampler | str | None) -> Sampler:
+    """Return how a jump is made, given as it is or by name; None is MeanFlow's.
+
+    Raises:
+        UserError: no such name.
+    """
+    if isinstance(sampler, Sampler):
+        return sampler
+    name = "average" if sampler is None else sampler
+    if name not in SAMPLERS:
+        raise UserError(f"Got the sampler {name!r}, expected one of {', '.join(SAMPLERS)}. Leave it out for MeanFlow's.")
+    return SAMPLERS[name]()
 
 
 def choose_grid(nfe: int | None, grid: Sequence[float] | None) -> list[float]:
@@ -129,9 +163,51 @@ def between_noises(one: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     return arc.reshape(len(weight), *one.shape[1:]).to(one.dtype)
 
 
-def between_classes(one: int, other: int, weight: Tensor, rows: int) -> Tensor:
-    """Return weights of the label table's rows, (N, rows): their embeddings are mixed, see ``LabelEmbedder``."""
+def between_classes(one: int, other: int, weight: Tensor, rows: int, *, dtype: torch.dtype) -> Tensor:
+    """Return labels, (N,) int64, as every network takes them, where none is between two classes; else weights of the label
+    table's rows, (N, rows) of a dtype: their embeddings are mixed, see ``LabelEmbedder``."""
+    if one == other or ((weight == 0) | (weight == 1)).all():
+        return torch.where(weight < 1, one, other)
     mixed = torch.zeros(len(weight), rows, dtype=weight.dtype)
     mixed[:, one] += 1 - weight
     mixed[:, other] += weight
-    return mixed
+    return mixed.to(dtype)
+
+
+def way_ends(
+    seeds: int | Sequence[int], labels: Sequence[Label] | Label | None, class_names: Sequence[str], num_classes: int
+) -> tuple[list[int], list[int]]:
+    """Return the seeds and the classes that a way goes between, one or two of each; no class for a network without labels.
+
+    Args:
+        seeds: one or two.
+        labels: one or two; None is class 0.
+        class_names: of the data set.
+        num_classes: of the network.
+
+    Raises:
+        UserError: more of them, or what is none.
+    """
+    ends, numbers = check_seeds(seeds), []
+    if labels is not None or num_classes:
+        numbers = class_numbers(0 if labels is None else labels, class_names, num_classes)
+    if len(ends) > 2 or len(numbers) > 2:
+        raise UserError(
+            f"Got {len(ends)} seeds and {len(numbers)} classes to go between, expected one or two of each: one that stays, "
+            "or a first and a last."
+        )
+    return ends, numbers
+
+
+def check_moves(ends: list[int], numbers: list[int]) -> None:
+    """Refuse a way on which all pictures are equal.
+
+    Raises:
+        UserError: the same seed and the same class at both ends.
+    """
+    if len({*ends}) == 1 and len({*numbers}) < 2:
+        stays = f"the seed {ends[0]}" + (f" and the class {numbers[0]}" if numbers else "")
+        what = "two seeds (0,1), two classes (3,7), or both" if numbers else "two seeds (0,1)"
+        raise UserError(
+            f"Got {stays} at both ends, expected something to go between: all pictures would be equal. Give {what}."
+        )

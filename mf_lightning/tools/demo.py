@@ -18,11 +18,10 @@ from torch import Tensor
 
 from mf_lightning.flow.sampler import Sampler
 from mf_lightning.pipeline import Generated, MeanFlowPipeline
-from mf_lightning.pipeline.requests import choose_grid
+from mf_lightning.pipeline.requests import choose_grid, choose_sampler
 from mf_lightning.sheet import to_picture
 from mf_lightning.tools.generators import open_generator
 from mf_lightning.tools.listening import LOOPBACK, free_port
-from mf_lightning.tools.sample import SAMPLERS
 from mf_lightning.types import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def demo(
         raise ImportError("The page needs the package gradio: pip install 'mf_lightning[demo]'") from error
     port = free_port(host, port)
     how = {"weights": weights, "autoencoder": autoencoder, "data": data, "device": device, "trust_net": trust_net}
-    studio = Studio(open_generator(checkpoint, **how), SAMPLERS[sampler]())
+    studio = Studio(open_generator(checkpoint, **how), choose_sampler(sampler))
     page = build_page(studio, title=f"mf_lightning: {checkpoint.name}")
     around = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     os.environ["NO_PROXY"] = ",".join(filter(None, [around, LOOPBACK, "localhost", host]))  # launch looks whether it answers
@@ -140,9 +139,9 @@ class Studio:
     def _warm_up(self) -> None:
         """Make pictures until three in a row are no faster than one before them, for about ten seconds at most."""
         fastest, waited, spent = float("inf"), 0, 0.0
-        ways = [self.pipeline.request(n=1), self.pipeline.between(torch.zeros(1))]
+        noise, y = self.pipeline.request(n=1)
         while waited < 3 and spent < WARM_UP_S:
-            seconds = sum(self._generate(noise, y, NFES[0]).seconds for noise, y in ways)
+            seconds = self._generate(noise, y, NFES[0]).seconds
             waited = 0 if seconds < 0.9 * fastest else waited + 1
             fastest, spent = min(fastest, seconds), spent + seconds
 
@@ -152,9 +151,10 @@ class Studio:
         pipeline = self.pipeline
         device = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else str(pipeline.device)
         kind = str(pipeline.dtype).removeprefix("torch.")
+        told = pipeline.description
         return (
             f"Milliseconds are of the network and the decoder together, batch size 1, {kind}, device {device}, one measurement "
-            f"after a warm-up. Weights: {pipeline.description.weights}, step {pipeline.description.step:,}."
+            f"after a warm-up. Weights: {told.name}, step {told.step:,}."
         )
 
     def choices(self) -> list[tuple[str, str]]:

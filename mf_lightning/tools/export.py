@@ -11,7 +11,7 @@ from typing import Literal
 from mf_lightning.pipeline import MeanFlowPipeline
 from mf_lightning.pipeline.loading import CONFIG_FILE, FORMAT
 from mf_lightning.tools.export_diffusers import CLASS, export_diffusers
-from mf_lightning.tools.export_graphs import OPSET, export_onnx, export_torch
+from mf_lightning.tools.export_graphs import export_onnx, export_torch
 from mf_lightning.tools.generators import open_generator
 from mf_lightning.tools.model_card import write_card
 from mf_lightning.types import UserError
@@ -43,8 +43,9 @@ def export(
         autoencoder: local directory or hub name, where the one that made the latents is not found by its id.
         data: directory of the data set, where the checkpoint does not describe it.
         opset: of ONNX; without it 18.
-        push: send the folder to this repository of the Hugging Face hub (OWNER/NAME), which is made private if it is new.
-        public: make a new repository public.
+        push: send the folder to this repository of the Hugging Face hub (OWNER/NAME), which is made private if it is new; one
+            that exists stays as public or private as it is.
+        public: make a new repository public; without effect on one that exists.
         trust_net: import a network class of another package, which runs its code.
         overwrite: replace an earlier export.
 
@@ -64,7 +65,7 @@ def export(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        checks = _write(pipeline, aside, to, OPSET if opset is None else opset)
+        checks = _write(pipeline, aside, to, opset)
         name = push or out.absolute().name
         write_card(pipeline, aside, checkpoint=checkpoint, to=to, name=name, checks=checks)
         if out.exists():
@@ -97,7 +98,7 @@ def _check(out: Path, *, to: str, opset: int | None, push: str | None, public: b
         raise UserError(f"Got OUT = {out}, which exists, expected a new folder. {how}")
 
 
-def _write(pipeline: MeanFlowPipeline, folder: Path, to: str, opset: int) -> dict[str, float]:
+def _write(pipeline: MeanFlowPipeline, folder: Path, to: str, opset: int | None) -> dict[str, float]:
     """Write the files of one kind; return each graph's largest difference from torch."""
     if to == "safetensors":
         pipeline.save_pretrained(folder)
@@ -127,7 +128,7 @@ def is_export(folder: Path) -> bool:
 
 
 def push_folder(folder: Path, repository: str, *, public: bool) -> str:
-    """Send a folder to the hub, into a repository that is made where there is none; return its address.
+    """Send a folder to the hub, into a repository that is made where there is none; return its address and who may see it.
 
     Raises:
         UserError: no login, no right, or no connection.
@@ -137,16 +138,21 @@ def push_folder(folder: Path, repository: str, *, public: bool) -> str:
     except ImportError as error:
         raise ImportError("--push needs the package huggingface_hub: pip install huggingface_hub") from error
 
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
+    unanswered = (
+        HfHubHTTPError.__bases__
+    )  # the base of its HTTP client's errors, which have been requests', httpx's and httpx2's
     try:
         api = huggingface_hub.HfApi()
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Export of {folder.name}")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        is_public = not api.repo_info(repository).private
+    except (*unanswered, OSError, ValueError, RuntimeError) as error:  # RuntimeError: of what sends large files
         raise UserError(
             f"Got {folder} not sent to {repository} ({' '.join(str(error).split())[:300]}), expected a login with the right to "
             f"write there, and a hub that answers. The folder is whole: log in (hf auth login), then `hf upload {repository} "
             f"{folder}`, or export again with --overwrite=true."
         ) from error
-    return str(address)
+    kept = "" if is_public == public else "; it was there before, and --public decides over new ones only"
+    return f"{address}, a {'public' if is_public else 'private'} repository{kept}"

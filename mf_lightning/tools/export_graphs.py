@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,20 +64,19 @@ def export_torch(pipeline: MeanFlowPipeline, file: Path, *, image: bool) -> floa
     """Write a ``torch.export`` program for any batch; return its largest difference from the pipeline.
 
     Raises:
-        UserError: it differs by more than ``TOLERANCE``.
+        UserError: torch cannot express it, or it differs by more than ``TOLERANCE``.
     """
-    module = one_step(pipeline, image=image)
-    program = _program(pipeline, module)
+    program = _program(pipeline, one_step(pipeline, image=image))
     torch.export.save(program, file, extra_files={"mf_lightning.json": _metadata(pipeline, image)["mf_lightning"]})
     written = torch.export.load(file).module()
     return _checked(pipeline, lambda **values: written(*values.values()), image=image, file=file)
 
 
-def export_onnx(pipeline: MeanFlowPipeline, file: Path, *, image: bool, opset: int = OPSET) -> float:
+def export_onnx(pipeline: MeanFlowPipeline, file: Path, *, image: bool, opset: int | None = None) -> float:
     """Write an ONNX model for any batch; return onnxruntime's largest difference from the pipeline.
 
     Raises:
-        UserError: the opset cannot express it, or it differs by more than ``TOLERANCE``.
+        UserError: torch, ONNX or the opset cannot express it, or it differs by more than ``TOLERANCE``.
         ImportError: the packages are not there.
     """
     try:
@@ -87,33 +85,31 @@ def export_onnx(pipeline: MeanFlowPipeline, file: Path, *, image: bool, opset: i
     except ImportError as error:
         raise ImportError(f"ONNX needs packages ({error}): pip install 'mf_lightning[export]'") from error
 
-    module = one_step(pipeline, image=image)
-    values = inputs(pipeline, 2)
+    module, wanted = one_step(pipeline, image=image), OPSET if opset is None else opset
+    names, traced = inputs(pipeline, 1), _program(pipeline, module)  # what torch itself cannot express is no fault of ONNX
     try:
         with _quiet():
             program = torch.onnx.export(
-                module,
-                tuple(values.values()),
+                traced,
                 dynamo=True,
-                opset_version=opset,
-                input_names=list(values),
+                opset_version=wanted,
+                input_names=list(names),
                 output_names=["image" if image else "latent"],
-                dynamic_shapes=_any_batch(values),
+                dynamic_shapes={name: {0: "batch"} for name in names},  # the traced program has them, but not their names
                 verbose=False,
             )
-            got = program.model.opset_imports.get("")
-            if got != opset:
-                raise ValueError(f"{_lacking(program, opset)}; opset {got} can")
-            program.model.metadata_props.update(_metadata(pipeline, image))
-            size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-            program.save(str(file), external_data=size > LARGEST_FILE)
-            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    except (torch.onnx.errors.OnnxExporterError, ValueError, RuntimeError) as error:
-        raise _no_opset(opset, error) from error
     except Exception as error:
-        if "onnxruntime" not in type(error).__module__:
-            raise
-        raise _no_opset(opset, error) from error
+        raise _not_onnx(opset, error) from error
+    got = program.model.opset_imports.get("")
+    if got != wanted:
+        raise _not_onnx(wanted, ValueError(f"{_lacking(program, wanted)}; opset {got} can"))
+    program.model.metadata_props.update(_metadata(pipeline, image))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    program.save(str(file), external_data=size > LARGEST_FILE)
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own have no common base
+        raise _not_onnx(opset, error) from error
 
     def run(**values: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in values.items()})[0])
@@ -122,14 +118,21 @@ def export_onnx(pipeline: MeanFlowPipeline, file: Path, *, image: bool, opset: i
 
 
 def _program(pipeline: MeanFlowPipeline, module: OneStep) -> torch.export.ExportedProgram:
+    """Return the generator as a graph for any batch.
+
+    Raises:
+        UserError: torch cannot express it.
+    """
     values = inputs(pipeline, 2)
-    with _quiet():
-        return torch.export.export(module, tuple(values.values()), dynamic_shapes=_any_batch(values))
-
-
-def _any_batch(values: dict[str, Tensor]) -> dict[str, Any]:
     batch = torch.export.Dim("batch", min=1)
-    return {name: {0: batch} for name in values}
+    try:
+        with _quiet():
+            return torch.export.export(module, tuple(values.values()), dynamic_shapes={name: {0: batch} for name in values})
+    except Exception as error:  # torch raises many kinds, and what a network raises while it is traced
+        raise UserError(
+            f"Got a network that torch.export cannot make a graph of ({_short(error)}), expected one whose forward pass is the "
+            "same for any batch (z_t.shape[0], not len(z_t); no branch on values). Mend it, or use --to safetensors."
+        ) from error
 
 
 def _metadata(pipeline: MeanFlowPipeline, image: bool) -> dict[str, str]:
@@ -159,9 +162,12 @@ def _checked(pipeline: MeanFlowPipeline, run: Callable[..., Tensor], *, image: b
 
 
 def _lacking(program: torch.onnx.ONNXProgram, opset: int) -> str:
-    """Return which of a model's operators an opset has not got."""
+    """Return why a model was not turned into an opset: it is not known yet, or lacks some of the model's operators."""
     from onnx import defs
 
+    newest = defs.onnx_opset_version()
+    if opset > newest:
+        return f"the newest that the package onnx knows is {newest}"
     found = []
     for name in sorted({node.op_type for node in program.model.graph}):
         try:
@@ -171,10 +177,19 @@ def _lacking(program: torch.onnx.ONNXProgram, opset: int) -> str:
     return f"it has no {', '.join(found)}" if found else "its operators mean something else"
 
 
-def _no_opset(opset: int, error: Exception) -> UserError:
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _not_onnx(opset: int | None, error: Exception) -> UserError:
+    if opset is None:
+        return UserError(
+            f"Got a network that ONNX cannot express ({_short(error)}), expected operators that opset {OPSET} has. Give "
+            "another --opset, or use --to torch."
+        )
     return UserError(
-        f"Got --opset {opset}, which cannot express this network ({' '.join(str(error).split())[:200]}), expected {OPSET} or "
-        "another that this torch writes. Leave --opset out."
+        f"Got --opset {opset}, which cannot express this network ({_short(error)}), expected {OPSET} or another "
+        "that this torch writes. Leave --opset out."
     )
 
 

@@ -35,5 +35,6 @@ def open_generator(
             path, weights=weights, autoencoder=autoencoder, data=data, device=device, trust_net=trust_net
         )
     told = pipeline.description
-    print(f"{path}: {told.weights} weights at step {told.step:,}, on {pipeline.device}")
+    of = "" if told.origin is None else f" of {told.origin['source']}"
+    print(f"{path}: {told.weights} weights{of} at step {told.step:,}, on {pipeline.device}")
     return pipeline

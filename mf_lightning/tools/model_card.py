@@ -9,7 +9,7 @@ from typing import Any
 
 from mf_lightning.metrics.protocol import METRICS
 from mf_lightning.pipeline import MeanFlowPipeline
-from mf_lightning.pipeline.loading import beside, setting
+from mf_lightning.pipeline.loading import Description, beside, setting
 from mf_lightning.report.runs import Row, Run, read_run
 from mf_lightning.types import UserError
 
@@ -18,7 +18,7 @@ USE = {
 ```python
 from mf_lightning.pipeline import MeanFlowPipeline
 pipeline = MeanFlowPipeline.from_pretrained("{folder}")
-images = pipeline({labels}seed=0, nfe=1)
+images = pipeline({labels}seed=0, nfe={nfe})
 ```""",
     "diffusers": """\
 Needs the package mf_lightning; the code in this folder is run.
@@ -26,7 +26,7 @@ Needs the package mf_lightning; the code in this folder is run.
 ```python
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{folder}", trust_remote_code=True)
-images = pipe({class_labels}seed=0).images
+images = pipe({class_labels}seed=0, num_inference_steps={nfe}).images
 ```""",
     "onnx": """\
 ```python
@@ -48,6 +48,8 @@ image = generator(torch.randn(1, {shape}){tensor})  # pixels in [-1, 1]
 
 `generator.pt2` gives the scaled latent instead of the picture. The batch is free.""",
 }
+BY_EULER = '50, sampler="euler"'
+"""How a flow-matching network is called, which cannot jump."""
 
 
 def write_card(
@@ -67,7 +69,7 @@ def write_card(
     blocks = [
         _head(pipeline, to),
         f"# {name}",
-        "Images in one network pass: a [MeanFlow](https://arxiv.org/abs/2505.13447) generator, trained with mf_lightning.",
+        _what(pipeline.description),
         "## Use",
         _use(pipeline, to, name),
         *([_checks(checks)] if checks else []),
@@ -93,16 +95,36 @@ def find_run(checkpoint: Path) -> Run | None:
     return None
 
 
+def _elsewhere(told: Description) -> bool:
+    """Tell whether the weights were imported, so that the settings of the run beside them are not theirs."""
+    return told.origin is not None and told.origin.get("container") != "snapshots"
+
+
+def _what(told: Description) -> str:
+    meanflow = "[MeanFlow](https://arxiv.org/abs/2505.13447)"
+    if told.flow_matching:
+        what = f"Images in many network passes: a flow-matching network, which {meanflow} has not yet taught to jump"
+    else:
+        what = f"Images in one network pass: a {meanflow} generator"
+    if told.origin is None:
+        return f"{what}, trained with mf_lightning."
+    if _elsewhere(told):
+        return f"{what}. Its weights were imported with mf_lightning from `{told.origin['source']}`."
+    return f"{what}. Its weights were put together with mf_lightning from {told.origin['source']}."
+
+
 def _head(pipeline: MeanFlowPipeline, to: str) -> str:
     kind = "unconditional-image-generation" if not pipeline.num_classes else "image-generation"
     library = "diffusers" if to == "diffusers" else "mf_lightning"
-    return f"---\nlibrary_name: {library}\ntags:\n- meanflow\n- one-step\n- {kind}\n---"
+    tags = ["flow-matching"] if pipeline.description.flow_matching else ["meanflow", "one-step"]
+    return "\n- ".join([f"---\nlibrary_name: {library}\ntags:", *tags, kind]) + "\n---"
 
 
 def _use(pipeline: MeanFlowPipeline, to: str, name: str) -> str:
     labelled = bool(pipeline.num_classes)
     return USE[to].format(
         folder=name,
+        nfe=BY_EULER if pipeline.description.flow_matching else 1,
         labels="labels=[0], " if labelled else "",
         class_labels="class_labels=[0], " if labelled else "",
         label=', "label": np.array([0])' if labelled else "",
@@ -120,8 +142,9 @@ def _data(pipeline: MeanFlowPipeline, run: Run | None) -> str:
     data = pipeline.description.data
     names = pipeline.class_names
     classes = f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else "none, unconditional"
-    path = setting(run.config if run else None, "data", "init_args", "path")
-    noted = Path(str(path)).name if path else _kind(setting(run.config if run else None, "data")) or "not told"
+    config = run.config if run and not _elsewhere(pipeline.description) else None
+    path = setting(config, "data", "init_args", "path")
+    noted = Path(str(path)).name if path else _kind(setting(config, "data")) or "not told"
     rows = {
         "data set": noted,
         "classes": classes,
@@ -139,8 +162,11 @@ def _training(pipeline: MeanFlowPipeline, run: Run | None) -> str:
     rows = {
         "network": f"{_kind(told.net)}, {parameters:.1f} M parameters: "
         + ", ".join(f"{key} {value}" for key, value in net.items() if key not in ("latent_shape", "num_classes")),
-        "weights": f"{told.weights}, step {told.step:,}",
+        "weights": f"{told.name}, step {told.step:,}",
     }
+    if _elsewhere(told):
+        rows["weights"] = f"{told.imported}, imported as `{told.origin.get('format', 'not told')}`"
+        return _table(rows) + "\n\nThe settings are not told: the weights were imported."
     config = run.config if run else None
     if config is None:
         return _table(rows) + "\n\nThe settings are not told: no config.yaml lay beside the checkpoint."
@@ -161,10 +187,10 @@ def _figures(pipeline: MeanFlowPipeline, run: Run | None) -> str:
     told = pipeline.description
     if run is None or not run.rows:
         return "None are known: no sample_eval.jsonl with figures lay beside the checkpoint."
-    rows = [row for row in run.rows if row.step == told.step and _of(row.ema, told.weights)]
+    rows = [row for row in run.rows if row.step == told.step and _of(row, told)]
     if not rows:
         steps = ", ".join(f"{step:,}" for step in sorted({row.step for row in run.rows}))
-        return f"None of these weights ({told.weights}, step {told.step:,}): the run was scored at the steps {steps}."
+        return f"None of these weights ({told.name}, step {told.step:,}): the run was scored at the steps {steps}."
     blocks = []
     for protocol in dict.fromkeys(row.protocol_id for row in rows):
         same = [row for row in rows if row.protocol_id == protocol]
@@ -172,10 +198,14 @@ def _figures(pipeline: MeanFlowPipeline, run: Run | None) -> str:
     return "\n\n".join(blocks)
 
 
-def _of(ema: float | None, weights: str) -> bool:
-    """Tell whether figures of an average, None for raw weights, are those of the exported weights."""
+def _of(row: Row, told: Description) -> bool:
+    """Tell whether figures are those of the exported weights: of an average or the raw ones, or of imported ones by name."""
+    if row.protocol.get("weights") != told.imported:  # older rows lack it, and are of a run's own weights
+        return False
+    if told.imported is not None:
+        return row.ema is None
     try:
-        return ema == (None if weights == "raw" else float(weights.removeprefix("ema ")))
+        return row.ema == (None if told.weights == "raw" else float(told.weights.removeprefix("ema ")))
     except ValueError:  # an average that is named otherwise, which evaluation never scores
         return False
 

@@ -9,14 +9,12 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from mf_lightning.flow.sampler import AverageSampler, EulerSampler, Sampler
 from mf_lightning.pipeline import MeanFlowPipeline
 from mf_lightning.pipeline.requests import check_count, choose_grid
 from mf_lightning.sheet import labelled_grid, tile, to_picture
 from mf_lightning.tools.generators import open_generator
 from mf_lightning.types import UserError
 
-SAMPLERS: dict[str, type[Sampler]] = {"average": AverageSampler, "euler": EulerSampler}
 NAMED_ROWS = 20
 """Classes up to which each has a row with its name."""
 
@@ -78,14 +76,14 @@ def sample(
     pipeline = open_generator(checkpoint, **how)
     if interpolate:
         way = torch.linspace(0, 1, count, dtype=torch.float64)
-        noise, y = pipeline.between(way, seeds=seeds, labels=labels)
+        noise, y = pipeline.between(way, seeds=seeds, labels=labels, moving=True)
         columns = [f"{weight:.2f}" for weight in way.tolist()]
         numbered = None
     else:
         noise, y = pipeline.request(labels, n=count, seed=seeds)
         numbered = None if y is None else y.tolist()
         columns = [""] * count if y is None else [pipeline.class_names[label] for label in numbered]
-    made = [pipeline.generate(noise, y, grid=g, sampler=SAMPLERS[sampler](), batch_size=batch_size) for g in grids]
+    made = [pipeline.generate(noise, y, grid=g, sampler=sampler, batch_size=batch_size) for g in grids]
     rows = {f"NFE {one.nfe}": one.pixels for one in made}
     sheet = _sheet(pipeline, rows, columns, numbered, together=interpolate or len(grids) > 1, scale=scale)
     try:

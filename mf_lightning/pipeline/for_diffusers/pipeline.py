@@ -27,7 +27,6 @@ class MeanFlowDiffusionPipeline(DiffusionPipeline):
         vae: decoder of its latents; None for a network of pixels.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]  # noqa: RUF012
 
     def __init__(self, transformer: torch.nn.Module, vae: AutoencoderKL | None) -> None:
@@ -43,6 +42,7 @@ class MeanFlowDiffusionPipeline(DiffusionPipeline):
         grid: Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        sampler: str = "average",
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
@@ -55,6 +55,7 @@ class MeanFlowDiffusionPipeline(DiffusionPipeline):
             grid: times of the jumps instead, falling from 1 (noise) to 0.
             seed: decides the noise: the pictures are those of ``python -m mf_lightning sample``.
             generator: torch's own noise instead, in the place of ``seed``.
+            sampler: "average" jumps; "euler" follows the instantaneous velocity in many passes, for flow-matching networks.
             output_type: "pil", or "np" for (N, H, W, c) float32 in [0, 1].
             return_dict: False returns a tuple.
         """
@@ -64,7 +65,7 @@ class MeanFlowDiffusionPipeline(DiffusionPipeline):
         noise, y = inner.request(class_labels, n=num_images, seed=seed)
         if generator is not None:
             noise = randn_tensor(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)
-        pixels = inner.generate(noise, y, grid=choose_grid(num_inference_steps, grid)).pixels
+        pixels = inner.generate(noise, y, grid=choose_grid(num_inference_steps, grid), sampler=sampler).pixels
         images = np.moveaxis(pixels.numpy(), 1, -1).astype(np.float32) / 255
         if output_type == "pil":
             images = self.numpy_to_pil(images)
