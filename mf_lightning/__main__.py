@@ -60,7 +60,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _with_values(args: list[str]) -> list[str]:
-    """Return the arguments as jsonargparse wants them: a flag alone as ``--json=true``, RUN RUN as one list."""
+    """Return the arguments as jsonargparse wants them: ``--num-heads`` as ``--num_heads``, a flag alone as ``--json=true``, RUN
+    RUN as one list."""
+    args = [_with_underscores(arg) for arg in args]
     if args[:1] == ["report"]:
         count = next((number for number, arg in enumerate(args[1:]) if arg.startswith("-")), len(args) - 1)
         runs, options = args[1 : 1 + count], args[1 + count :]
@@ -70,6 +72,14 @@ def _with_values(args: list[str]) -> list[str]:
         f"{arg}=true" if arg in FLAGS and after not in ("true", "false") else arg
         for arg, after in zip(args, following, strict=True)
     ]
+
+
+def _with_underscores(arg: str) -> str:
+    """Return an option with its name as the commands spell it, and its value as it is."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 if __name__ == "__main__":

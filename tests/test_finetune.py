@@ -120,7 +120,9 @@ def test_imported_weights_are_sampled_with_an_autoencoder_that_is_given(imported
     assert "--autoencoder" in said
     assert "Traceback" not in said
     assert not (tmp_path / "none.png").exists()
-    commands(["sample", str(imported), str(tmp_path / "two.png"), "--n=2", "--device=cpu", "--autoencoder=pixel"])
+    commands(
+        ["sample", str(imported), str(tmp_path / "two.png"), "--n=2", "--device=cpu", "--autoencoder=pixel", "--sampler=euler"]
+    )
     assert (tmp_path / "two.png").stat().st_size > 100
 
 

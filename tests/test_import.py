@@ -3,6 +3,9 @@
 import argparse
 import os
 import pickle
+import re
+import sys
+import types
 
 import pytest
 import torch
@@ -10,10 +13,12 @@ from safetensors.torch import save_file
 
 from mf_lightning.checkpoints import read_checkpoint, write_checkpoint
 from mf_lightning.flow import MeanFlowLoss
+from mf_lightning.interop.conversion import NAMINGS
 from mf_lightning.interop.public_sit import reverse_time, with_silent_h
 from mf_lightning.nets import SiT
 from mf_lightning.tools.consolidate import consolidate
-from mf_lightning.types import LatentSpec
+from mf_lightning.tools.import_weights import import_weights
+from mf_lightning.types import LatentSpec, UserError
 from tests.nets import randomise
 from tests.parity import importing
 
@@ -73,7 +78,7 @@ def test_names_of_this_project_and_haoyi(tmp_path):
     ours, printed = bring(tmp_path, wrapped, HEADS)
     assert outputs(ours, **inputs()).equal(outputs(net, **inputs()))
     assert "patch 4, depth 2, width 16, 2 heads, latents 3 x 8 x 8, 4 classes and the null label" in printed
-    assert "the file's only weights" in printed
+    assert "weights: unnamed" in printed
     save_file(state, tmp_path / "plain.safetensors")
     ours, _ = importing.imported(tmp_path / "plain.safetensors", tmp_path / "plain.ckpt", HEADS)
     assert outputs(ours, **inputs()).equal(outputs(net, **inputs()))
@@ -86,7 +91,7 @@ def test_zhuyu_averaged_or_raw(tmp_path):
     both = {"model": raw, "ema": state, "opt": {}, "args": argparse.Namespace(path_type="linear"), "steps": 3}
     ours, printed = bring(tmp_path, both, HEADS)
     assert outputs(ours, **inputs()).equal(outputs(net, **inputs()))
-    assert "weights: EMA (ema); left aside: raw (model), args, opt, steps" in printed
+    assert "weights: ema (ema); left aside: raw (model), args, opt, steps" in printed
     assert "r_embedder.mlp.0.bias => h_embedder.mlp.0.bias" in printed
     ours, printed = bring(tmp_path, both, HEADS, "--weights=raw")
     assert ours.x_embedder.proj.bias.equal(net.x_embedder.proj.bias + 1)
@@ -184,6 +189,7 @@ def test_own_checkpoints_raw_averaged_and_consolidated(tmp_path):
     importing.imported(_safetensors(raw, tmp_path), tmp_path / "run.ckpt", HEADS)
     checkpoint = read_checkpoint(tmp_path / "run.ckpt")
     del checkpoint["imported"]
+    checkpoint["fm_fraction"] = 0.75
     parameters = dict(averaged.named_parameters())
     checkpoint["ema"] = {"updates": 9, "weights": {"0.9": parameters, "0.99": {k: 2 * v for k, v in parameters.items()}}}
     checkpoint["ema"]["weights"] = {d: {k: v.detach() for k, v in w.items()} for d, w in checkpoint["ema"]["weights"].items()}
@@ -191,10 +197,10 @@ def test_own_checkpoints_raw_averaged_and_consolidated(tmp_path):
     for weights, net in (("raw", raw), ("0.9", averaged)):
         ours, printed = importing.imported(tmp_path / "run.ckpt", tmp_path / "ours.ckpt", f"--weights={weights}")
         assert outputs(ours, **given).equal(outputs(net, **given))
-        assert f"weights: {'raw (state_dict)' if weights == 'raw' else 'EMA 0.9;'}" in printed
+        assert f"weights: {'raw (state_dict)' if weights == 'raw' else 'ema 0.9;'}" in printed
     (tmp_path / "ours.ckpt").unlink()
     for asked in ("auto", "0.5"):
-        assert "EMA 0.9, EMA 0.99, raw (state_dict)" in refusal(tmp_path, tmp_path / "run.ckpt", f"--weights={asked}")
+        assert "ema 0.9, ema 0.99, raw (state_dict)" in refusal(tmp_path, tmp_path / "run.ckpt", f"--weights={asked}")
 
     consolidate(tmp_path / "run.ckpt", tmp_path / "run.safetensors", weights="0.9")
     ours, _ = importing.imported(tmp_path / "run.safetensors", tmp_path / "ours.ckpt")
@@ -212,10 +218,8 @@ def _safetensors(net, folder):
     return folder / "net.safetensors"
 
 
-@pytest.mark.skipif(not importing.JAX, reason="needs the extra jax")
-@pytest.mark.parametrize("container", ["msgpack", "orbax"])
-def test_official_jax_weights(tmp_path, container):
-    net = small_net()
+def flax_state(net):
+    """Return the parameters by the official code's paths and in its layouts."""
     flax = {}
     for name, value in net.state_dict().items():
         if name == "pos_embed":
@@ -228,10 +232,17 @@ def test_official_jax_weights(tmp_path, container):
             flax[f"{path}/_flax_embedding/embedding"] = value
         else:
             flax[f"{path}/_flax_linear/{'kernel' if leaf == 'weight' else leaf}"] = value.T if leaf == "weight" else value
-    source = importing.write_flax(flax, tmp_path, container=container)
+    return flax
+
+
+@pytest.mark.skipif(not importing.JAX, reason="needs the extra jax")
+@pytest.mark.parametrize("container", ["msgpack", "orbax"])
+def test_official_jax_weights(tmp_path, container):
+    net = small_net()
+    source = importing.write_flax(flax_state(net), tmp_path, container=container)
     ours, printed = importing.imported(source, tmp_path / "ours.ckpt", HEADS, "--latent_size=8")
     assert outputs(ours, **inputs()).equal(outputs(net, **inputs()))
-    assert "EMA (ema_params); left aside: raw (params), opt_state, step" in printed
+    assert "ema (ema_params); left aside: raw (params), opt_state, step" in printed
     assert "pos_embed: the sin-cos table" in printed
     with pytest.raises(RuntimeError, match="number of attention heads"):
         importing.imported(source, tmp_path / "other.ckpt", "--latent_size=8")
@@ -254,6 +265,40 @@ def test_without_labels(tmp_path):
     ours, printed = bring(tmp_path, net.state_dict(), HEADS)
     assert ours.y_null is None
     assert "no classes" in printed
+
+
+def _as_written_by(format):
+    """Return a small network's state dict with the names of a format."""
+    net = small_net(depth=1)
+    if format == "flax":
+        return flax_state(net)
+    state = flow_matching_state(net) if format in ("sit", "repa") else net.state_dict()
+    return {name.replace("h_embedder.", "r_embedder.") if format == "zhuyu" else name: v for name, v in state.items()}
+
+
+@pytest.mark.parametrize("format", NAMINGS)
+def test_every_key_that_is_missing_or_of_another_shape_is_told(tmp_path, format):
+    """Whatever the names are; a table of positions is computed, and a network may be without labels."""
+    state = _as_written_by(format)
+    asked = {"num_heads": 2, "latent_size": 8}
+    torch.save(state, tmp_path / "theirs.pt")
+    import_weights(tmp_path / "theirs.pt", tmp_path / "ours.ckpt", format=format, **asked)
+    for key in state:
+        optional = key == "pos_embed" or "embedding_table" in key
+        for value in (*(() if optional else (None,)), torch.tensor(1.0), torch.ones(3), torch.ones(2, 2, 2)):
+            changed = {name: tensor for name, tensor in {**state, key: value}.items() if tensor is not None}
+            torch.save(changed, tmp_path / "theirs.pt")
+            with pytest.raises(UserError, match="expected"):
+                import_weights(
+                    tmp_path / "theirs.pt", tmp_path / "no.ckpt", format="auto" if value is None else format, **asked
+                )
+
+
+def test_missing_parts_of_a_time_embedder_are_named():
+    state = small_net().state_dict()
+    for key in [name for name in state if "_embedder.mlp." in name]:
+        with pytest.raises(UserError, match=re.escape(f"without '{key}'")):
+            with_silent_h({name: value for name, value in state.items() if name != key})
 
 
 class Evil:
@@ -287,6 +332,22 @@ def test_code_runs_only_where_the_user_insists(tmp_path):
     assert trap.exists()
 
 
+@pytest.mark.parametrize("missing", ["class", "module"])
+def test_a_pickle_of_a_script_that_is_not_here(tmp_path, missing, monkeypatch):
+    """As training scripts write their options: their classes are of __main__, or of a module of theirs."""
+    module = types.ModuleType("of_a_script")
+    module.Options = type("Options", (), {"__module__": "of_a_script"})
+    monkeypatch.setitem(sys.modules, "of_a_script", module)
+    torch.save({"ema": small_net().state_dict(), "args": module.Options()}, tmp_path / "theirs.pt")
+    if missing == "class":
+        del module.Options
+    else:
+        monkeypatch.delitem(sys.modules, "of_a_script")
+    message = refusal(tmp_path, tmp_path / "theirs.pt", HEADS, "--allow_code=true")
+    assert "whose code is not here" in message
+    assert "PYTHONPATH" in message
+
+
 NO_FILES = {
     "web page": (b"\n<!DOCTYPE html><html><head></head></html>", "is a web page"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2700000000\n", "git lfs pull"),
@@ -313,6 +374,12 @@ def test_damaged_files(tmp_path):
         file = tmp_path / name
         file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
         assert "It is cut or damaged" in refusal(tmp_path, file, HEADS)
+    torch.save(state, tmp_path / "older.pt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "older.pt").read_bytes()
+    storage = whole.index(b"cpu") - 12  # digits of the first tensor's place
+    for damaged in (whole[: storage + 200], whole[:-2], whole[:storage] + b"x" + whole[storage + 1 :]):
+        (tmp_path / "older.pt").write_bytes(damaged)
+        assert "It is cut or damaged" in refusal(tmp_path, tmp_path / "older.pt", HEADS)
     assert "does not exist" in refusal(tmp_path, tmp_path / "nothing.pt")
     (tmp_path / "folder").mkdir()
     assert "no orbax checkpoint in it" in refusal(tmp_path, tmp_path / "folder")
@@ -333,6 +400,15 @@ UNFIT = {
     "a list": ([torch.ones(2)], HEADS, "a list in it"),
     "heads": (_changed(), "--weights=auto", "number of attention heads"),
     "wrong heads": (_changed(), "--num_heads=3", "num_heads = 3"),
+    "no heads": (_changed(), "--num_heads=0", "--num_heads=0, expected at least 1"),
+    "no side": (_changed(pos_embed=None), "--latent_size=0", "--latent_size=0, expected at least 1"),
+    "no classes": (_changed(**{"y_embedder.embedding_table.weight": None}), "--num_classes=1", "a network without labels"),
+    "whole numbers": (_changed(**{"blocks.0.attn.proj.bias": torch.ones(16, dtype=torch.int8)}), HEADS, "that are no numbers"),
+    "a block without number": (
+        {**flow_matching_state(small_net()), "decoder_blocks.gate": torch.ones(2)},
+        HEADS,
+        "1 without a place: decoder_blocks.gate",
+    ),
     "which way": (flow_matching_state(small_net()), HEADS, "--format=sit"),
     "another path": ({"ema": _changed(), "args": argparse.Namespace(path_type="cosine")}, HEADS, "path_type = cosine"),
     "another format": (_changed(), "--format=zhuyu", "without 'r_embedder.mlp.0.weight'"),
@@ -341,6 +417,7 @@ UNFIT = {
         HEADS,
         "qk_norm",
     ),
+    "norms of others": (small_net(qk_norm=True).state_dict(), HEADS, "qk_norm"),
     "table": (_changed(pos_embed=torch.ones(1, 5, 16)), HEADS, "position table of 5 tokens"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from mf_lightning.sharding import is_sharded, local, placed
 from mf_lightning.types import UserError
 
 CHECKPOINT_FORMAT = 1
+
+
+def imported_name(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return what a checkpoint of weights alone holds, "ema of meanflow-B4.pth"; None for a run's own state."""
+    imported = checkpoint.get("imported")
+    return None if imported is None else f"{imported['weights']} of {imported['source']}"
 
 
 def describe_net(net: nn.Module) -> dict[str, Any]:
@@ -72,13 +79,20 @@ def load_initial(net: nn.Module, path: str) -> None:
         path: checkpoint made by ``import``.
 
     Raises:
-        UserError: no such checkpoint, another architecture, or a training state, which holds several sets of weights.
+        UserError: no such checkpoint, another architecture, a training state, which holds several sets of weights, or flow
+            matching's whose h path was not silenced.
     """
     checkpoint = read_checkpoint(path, mmap=True)
     if "imported" not in checkpoint:
         raise UserError(
             f"Got model.init_from = {path}, which is no imported checkpoint, expected one that says which weights are meant: "
             f"a training state holds raw and averaged ones. Make it: python -m mf_lightning import {path} OUT.ckpt"
+        )
+    imported = checkpoint["imported"]
+    if imported.get("container") == "snapshots" and imported.get("flow_matching"):
+        raise UserError(
+            f"Got model.init_from = {path}, an average of a flow-matching run, expected one that says the same whatever r is: "
+            f"its h path has only ever seen h = 0. Make it: python -m mf_lightning import {path} OUT.ckpt"
         )
     check_architecture(checkpoint["net"], describe_net(net))
     waiting = {**dict(net.named_parameters()), **dict(net.named_buffers())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,50 +75,74 @@ class Account:
     converted: list[str]
 
 
-def choose_weights(tree: Mapping[str, Any], asked: str) -> tuple[str, dict[str, Tensor], list[str]]:
+@dataclass(frozen=True)
+class Taken:
+    """One set of a file's weights."""
+
+    name: str
+    """What they are: "raw", "ema", "ema 0.9999", "phema 0.15"; "unnamed" where a file holds one set and does not tell."""
+    key: str
+    """Where in the file they are; "" for its top, or this project's averages."""
+    tree: Mapping[str, Any]
+
+    @property
+    def is_average(self) -> bool:
+        """Whether they are known to be averages."""
+        return self.name.startswith(("ema", "phema"))
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.key})" if self.key else self.name
+
+
+def choose_weights(tree: Mapping[str, Any], asked: str, told: str | None = None) -> tuple[Taken, dict[str, Tensor], list[str]]:
     """Return which weights of a file are taken, their tensors, and the names of what is left aside.
 
     Args:
         tree: the file.
         asked: "auto" takes averaged weights where there are any; "ema" and "raw" insist; a number is an average's decay.
+        told: what the file itself says that its one set of weights is.
 
     Raises:
         UserError: no weights, not those that were asked for, or several averages.
     """
-    averaged = {f"EMA ({key})": tree[key] for key in AVERAGED if isinstance(tree.get(key), Mapping) and flatten(tree[key])}
-    own = tree.get("ema")
-    if isinstance(own, Mapping) and isinstance(own.get("weights"), Mapping):  # this project's: by decay
-        averaged = {f"EMA {decay}": weights for decay, weights in own["weights"].items()}
-    raw = {f"raw ({key})": tree[key] for key in RAW if isinstance(tree.get(key), Mapping) and flatten(tree[key])}
-    if not averaged and not raw and flatten(tree):
-        raw = {"the file's only weights": tree}
-    have = ", ".join([*averaged, *raw]) or f"no tensors under {', '.join(map(str, list(tree)[:8])) or 'any key'}"
-    if asked == "raw" or (asked == "auto" and not averaged):
-        found = raw
+    sets = _sets(tree, told)
+    averages, others = [one for one in sets if one.is_average], [one for one in sets if not one.is_average]
+    if asked == "raw" or (asked == "auto" and not averages):
+        found = others
     else:
-        found = (
-            averaged if asked in ("auto", "ema") else {name: kept for name, kept in averaged.items() if _is_decay(name, asked)}
-        )
-    if not found or (len(found) > 1 and found is averaged):
+        found = [one for one in averages if asked in ("auto", "ema") or _is(one.name, asked)]
+    if not found or (len(found) > 1 and found[0].is_average):
+        have = ", ".join(map(str, sets)) or f"no tensors under {', '.join(map(str, list(tree)[:8])) or 'any key'}"
         expected = "one of them to be chosen" if found else "weights" if asked == "auto" else f"--weights={asked} among them"
         raise UserError(
             f"Got a file with {have}, expected {expected}. Choose with --weights (raw, ema, or an average's decay), or give "
             "the file that has them."
         )
-    name, kept = next(iter(found.items()))
-    left = [other for other in (*averaged, *raw) if other != name]
-    left += sorted(str(key) for key in tree if kept is not tree and key not in (*AVERAGED, *RAW))
+    taken = found[0]
+    left = [str(one) for one in sets if one is not taken]
+    left += sorted(str(key) for key in tree if taken.tree is not tree and key not in (*AVERAGED, *RAW))
     buffers = {}
-    if name.startswith("EMA ") and not name.startswith("EMA (") and isinstance(tree.get("state_dict"), Mapping):
+    if taken.is_average and not taken.key and taken.tree is not tree and isinstance(tree.get("state_dict"), Mapping):
         buffers = {key: value for key, value in flatten(tree["state_dict"]).items() if key.endswith("pos_embed")}
-    return name, _without_prefixes({**_without_prefixes(buffers), **_without_prefixes(flatten(kept))}), left
+    return taken, _without_prefixes({**_without_prefixes(buffers), **_without_prefixes(flatten(taken.tree))}), left
 
 
-def _is_decay(name: str, asked: str) -> bool:
+def _sets(tree: Mapping[str, Any], told: str | None) -> list[Taken]:
+    """Return the sets of weights in a file, averages first."""
+    own = tree["ema"].get("weights") if isinstance(tree.get("ema"), Mapping) else None
+    if isinstance(own, Mapping) and all(isinstance(weights, Mapping) for weights in own.values()):  # this project's: by decay
+        sets = [Taken(f"ema {decay}", "", weights) for decay, weights in own.items()]
+    else:
+        sets = [Taken("ema", key, tree[key]) for key in AVERAGED if isinstance(tree.get(key), Mapping) and flatten(tree[key])]
+    sets += [Taken(told or "raw", key, tree[key]) for key in RAW if isinstance(tree.get(key), Mapping) and flatten(tree[key])]
+    return sets or ([Taken(told or "unnamed", "", tree)] if flatten(tree) else [])
+
+
+def _is(name: str, asked: str) -> bool:
     try:
-        return float(name.removeprefix("EMA ")) == float(asked)
+        return float(name.removeprefix("ema ")) == float(asked)
     except ValueError:
-        return False
+        return name == asked
 
 
 def _without_prefixes(state: State) -> dict[str, Tensor]:
@@ -151,8 +176,8 @@ def detect_naming(state: State) -> str:
         return "zhuyu"
     if has["projectors."] or any(name.startswith("decoder_blocks.") for name in names):
         return "repa"
-    channels, patch_size = state["x_embedder.proj.weight"].shape[1:3]
-    if len(state["final_layer.linear.weight"]) == 2 * channels * patch_size**2:
+    patches, last = state["x_embedder.proj.weight"].shape, state["final_layer.linear.weight"].shape
+    if len(patches) == 4 and len(last) == 2 and last[0] == 2 * patches[1] * patches[2] ** 2:
         return "sit"
     raise UserError(
         "Got a flow-matching SiT without learned variances, expected to be told which way its time runs, for weights do not: "
@@ -176,17 +201,23 @@ def check_training(tree: Mapping[str, Any]) -> None:
             )
 
 
-def convert(state: State, naming: str) -> tuple[dict[str, Tensor], Account]:
+def convert(state: State, naming: str, *, own: bool = False) -> tuple[dict[str, Tensor], Account]:
     """Return the parameters under our names, in float32, with an account of what was dropped, added and converted.
+
+    Args:
+        state: parameters by their names in the file.
+        naming: whose names they are, a key of ``NAMINGS``.
+        own: the file says itself that this project trained the network.
 
     Raises:
         UserError: naming what a network of this kind must have, or must not.
     """
     how = NAMINGS[naming]
-    if any(".attn.q_norm." in name or ".attn.k_norm." in name for name in state) and naming != "meanflow":
+    if not own and any(re.search(r"attn[./][qk]_norm[./]", name) for name in state):
         raise UserError(
             "Got a network with norms of queries and keys (qk_norm), expected one without: the public code's norms have "
-            "another epsilon than this project's, so the result would be another network."
+            "another epsilon than this project's, so the result would be another network. One that this project trained is "
+            "taken from its checkpoint, from consolidate's file, or from an export, which say so."
         )
     if naming != "flax" and "t_embedder.mlp.0.weight" not in state:
         raise UserError(f"Got weights without t_embedder.mlp.0.weight, expected the names of {how.source}. Check --format.")

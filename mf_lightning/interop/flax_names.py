@@ -28,6 +28,11 @@ def torch_layout(path: str, value: Tensor) -> Tensor:
     """Return the array in our order of axes: linear (in, out) => (out, in), patches (p, p, C, D) => (D, C, p, p)."""
     if not path.endswith("/kernel"):
         return value
+    if value.dim() not in (2, 4):
+        raise UserError(
+            f"Got '{path}' of shape {tuple(value.shape)}, expected a kernel of 2 dimensions (linear) or 4 (patches), as the "
+            "official MeanFlow has them. Import another network's weights by a state dict with this project's names."
+        )
     return value.permute(3, 2, 0, 1) if value.dim() == 4 else value.T
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ from torch import Tensor
 from mf_lightning.types import UserError
 
 JAX_HELP = "needs jax, flax and orbax-checkpoint. Install them: pip install 'mf_lightning[jax]'"
-_ERRORS = (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile)
+_ERRORS = (
+    RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What readers raise at damaged files; torch's older format has no checksums, and asserts."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,14 @@ def _container(path: Path) -> str:
 def _read_torch(path: Path, allow_code: bool) -> Any:
     mmap = zipfile.is_zipfile(path)
     if allow_code:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
+        except (AttributeError, ImportError) as error:
+            raise UserError(
+                f"Got {path}, a pickle whose code is not here ({str(error).splitlines()[0][:200]}), expected the classes that "
+                "it names. Install the project that wrote it, or put its folder on PYTHONPATH; classes of a script itself "
+                "(__main__) cannot be had: ask for its weights alone, as safetensors."
+            ) from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain values; training scripts keep their options in it
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

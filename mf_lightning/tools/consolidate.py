@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 from mf_lightning.checkpoints import read_header
-from mf_lightning.checkpoints.averages import choose_weights, read_weights, told
+from mf_lightning.checkpoints.averages import RAW, choose_weights, read_weights, told
+from mf_lightning.checkpoints.metadata import told_by_checkpoint, weights_metadata
 from mf_lightning.checkpoints.publish import aside_path
 from mf_lightning.types import UserError
 
 
 def consolidate(checkpoint: Path, out: Path, weights: str | None = None, overwrite: bool = False) -> None:
-    """Write one set of a checkpoint's weights to a safetensors file, with the network's settings as metadata.
+    """Write one set of a checkpoint's weights to a safetensors file, with its network, data and loss as metadata.
 
     Args:
         checkpoint: of any strategy: a file, or a directory of shards.
@@ -32,12 +33,14 @@ def consolidate(checkpoint: Path, out: Path, weights: str | None = None, overwri
         raise UserError(f"Got OUT = {out}, which exists, expected a new file. Give another name, or --overwrite=true.")
     name = choose_weights(weights, {"weights": read_header(checkpoint).get("ema", {}).get("weights", {})})
     tensors, whole = read_weights(checkpoint, name)
-    metadata = {
-        "format": "pt",
-        "weights": told(name),
-        "step": str(whole["global_step"]),
-        "net": json.dumps(whole["net"]),
-    }
+    told_by_file = told_by_checkpoint(whole)
+    if told_by_file is None:
+        raise UserError(
+            f"Got '{checkpoint}', which does not tell its network, expected a checkpoint of mf_lightning. Make one of others' "
+            "weights with `python -m mf_lightning import`."
+        )
+    made_as = told_by_file.weights if name == RAW else None  # a checkpoint of weights alone says which they are
+    metadata = weights_metadata({**asdict(told_by_file), "weights": made_as or told(name), "step": whole["global_step"]})
     aside = aside_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from mf_lightning.checkpoints import CHECKPOINT_FORMAT, write_checkpoint
+from mf_lightning.checkpoints.metadata import Told, weights_metadata
 from mf_lightning.checkpoints.publish import aside_path, publish
 from mf_lightning.checkpoints.snapshots import FOLDER, Header, Snapshot, combine, list_snapshots
 from mf_lightning.profiles import Fit, check_width, fit_profile
@@ -105,7 +106,8 @@ def _write(out: Path, tensors: dict[str, Tensor], header: Header, end: int, sigm
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", "weights": name, "step": str(end), "net": json.dumps(header.net)}
+    told = Told(header.net, header.data, name, header.fm_fraction == 1)
+    metadata = weights_metadata({**asdict(told), "step": end})
     aside = aside_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
