@@ -61,12 +61,11 @@ class Stages(Callback):
                 rows = torch.arange(batch * size, (batch + 1) * size, device=pl_module.device)
                 how = {"step": 0, "rows": rows, "shape": data.latent_spec.shape}
                 noise = timed("noise", lambda how=how: draws.normal(0, Stream.SAMPLE_NOISE, **how))
-                y = choose_labels("balanced", rows, num_classes=net.y_null or 0, seed=0)
+                y = choose_labels(evaluation.labels, rows, num_classes=net.y_null or 0, seed=evaluation.seed)
                 for steps in evaluation.nfe:
                     grid = time_grid(steps)
-                    latents = timed(
-                        f"nfe{steps}", lambda x=noise, y=y, grid=grid: sample(pl_module.generator, x, y=y, grid=grid)
-                    )
+                    how = {"y": y, "grid": grid, "sampler": evaluation.sampler}
+                    latents = timed(f"nfe{steps}", lambda x=noise, how=how: sample(pl_module.generator, x, **how))
                 pixels = timed("decode", lambda x=latents: data.decode(x))
                 timed("extract", lambda x=pixels: evaluation.extractor.features(x))
         self.rates = {name: size / statistics.median(values[1:]) for name, values in taken.items()}

@@ -135,6 +135,9 @@ class MeanFlowCLI(LightningCLI):
         for logger in self._get(self.config, "trainer.logger") or []:
             if self.subcommand not in (None, "fit") and logger.class_path == "mf_lightning.callbacks.MetricsCSV":
                 logger.init_args.file_name = f"metrics_{self.subcommand}.csv"
+            tensorboard = logger.class_path.endswith("TensorBoardLogger")
+            if self.subcommand not in (None, "fit") and tensorboard and not logger.init_args.get("sub_dir"):
+                logger.init_args.sub_dir = self.subcommand  # curves of their own
             if self.subcommand == "fit" and logger.class_path.endswith("WandbLogger") and not logger.init_args.get("id"):
                 logger.init_args.id = self._wandb_id(Path(trainer.default_root_dir))
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mf_lightning.checkpoints import CHECKPOINT_FORMAT, check_architecture, describe_net
-from mf_lightning.checkpoints.weights import check_resumable, load_initial
+from mf_lightning.checkpoints.weights import check_resumable, imported_name, load_initial
 from mf_lightning.flow.jvp import choose_jvp
 from mf_lightning.flow.meanflow import MeanFlowLoss
 from mf_lightning.flow.passes import PLAIN, Passes, compiled_generator, prepare_compiler
@@ -83,7 +83,10 @@ class MeanFlowModule(LightningModule):
         """Terms of the newest training batch, for guards and logs."""
         self.last_draw: Draw | None = None
         """Its times, noise and label drops."""
+        self.imported: str | None = None
+        """What the weights are, where they come from no training state and were loaded only to be scored."""
         self._loaded_steps = 0
+        self._logged_steps = 0
         self._by_time = ErrorByTime()
 
     @property
@@ -166,14 +169,23 @@ class MeanFlowModule(LightningModule):
         set_tf32(self.tf32)
 
     def on_validation_start(self) -> None:
-        """Score in true float32: samples, decoder and extractor."""
+        """Score in true float32: samples, decoder and extractor; `validate` and `test` log at the step of the weights."""
         set_tf32(False)
+        if self.trainer.state.fn != "fit":
+            loop = self.trainer.fit_loop.epoch_loop  # Lightning's loggers count by it
+            self._logged_steps, loop._batches_that_stepped = loop._batches_that_stepped, self.trained_steps
 
     def on_validation_end(self) -> None:
         """Go back to the products of training."""
         set_tf32(self.tf32 and self.trainer.state.fn == "fit")
+        if self.trainer.state.fn != "fit":
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self._logged_steps
 
-    on_test_start = on_predict_start = on_validation_start
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+
+    def on_predict_start(self) -> None:
+        """Draw in true float32."""
+        set_tf32(False)
 
     def on_train_end(self) -> None:
         """Leave the process in true float32."""
@@ -275,6 +287,7 @@ class MeanFlowModule(LightningModule):
         """Refuse a checkpoint of another format or architecture, and note its step."""
         self.check_checkpoint(checkpoint)
         self._loaded_steps = checkpoint["global_step"]
+        self.imported = imported_name(checkpoint)
         if self.trainer.state.fn == "fit":
             check_resumable(checkpoint, self.init_from)
 

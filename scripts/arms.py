@@ -29,6 +29,7 @@ from mf_lightning import flow
 from mf_lightning.callbacks.curves import read_rows
 from mf_lightning.callbacks.sample_eval import RESULTS_FILE
 from mf_lightning.cli import run
+from mf_lightning.flow.sampler import check_nfe
 from mf_lightning.report import RECORD_FILE
 from mf_lightning.report.compare import differing, flatten
 from mf_lightning.types import UserError
@@ -65,6 +66,18 @@ class Plan:
     recipe: Path = RECIPE
     options: tuple[str, ...] = ()
     """For every arm, before its own."""
+
+    def __post_init__(self) -> None:
+        """Refuse what the last command would refuse, before the first arm trains.
+
+        Raises:
+            UserError: naming it.
+        """
+        check_nfe("nfe", list(self.nfe))
+        if self.steps < 1 or self.num_samples < 2:
+            raise UserError(
+                f"Got steps = {self.steps}, num_samples = {self.num_samples}, expected at least 1 step and 2 images to score."
+            )
 
     def folder(self, arm: Arm, seed: int) -> Path:
         """Return where an arm's run lies."""

@@ -139,6 +139,10 @@ def test_test_takes_sampling_steps_from_the_command_line_and_leaves_the_curves_a
         assert result.returncode == 0, result.stderr[-2000:]
         row = lines(root / "sample_eval.jsonl")[-1]
         assert (row["nfe"], row["step"], row["ema"], row["protocol"]["num_samples"]) == (nfe, 60, None, 50)
+        assert (row["stage"], row["protocol"]["weights"]) == (subcommand, None)
+        logged = (root / f"metrics_{subcommand}.csv").read_text().splitlines()
+        place = logged[0].split(",").index("step")
+        assert {line.split(",")[place] for line in logged[1:]} == {"60"}  # not 0, where training began
     assert (root / "metrics.csv").read_text() == metrics
     assert lines(root / "sample_eval.jsonl")[: len(evaluations)] == evaluations
 

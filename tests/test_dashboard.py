@@ -107,6 +107,21 @@ def test_a_workspace_shows_one_protocol(monkeypatch, capsys):
     assert filtered(saved[1]) == {json.dumps([["protocol_id", p]]) for p in ("aaaa", "bbbb")}
 
 
+def test_protocols_and_steps_that_are_not_there(monkeypatch, capsys):
+    saved = server(monkeypatch, ("one", "aaaa", ("fid/nfe1",)), ("bare", None, ()))
+    for option, message in (
+        ("--protocol=bbbb", "Got --protocol=bbbb, expected one that the runs began with: aaaa"),
+        ("--nfe=[]", "Got --nfe = []"),
+        ("--nfe=[0]", "0"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["dashboard", "team/project", option])
+        assert message in capsys.readouterr().err
+    assert not saved
+    main(["dashboard", "team/project", "--runs=[bare]"])
+    assert "None of these runs has figures yet" in capsys.readouterr().err
+
+
 def test_runs_that_are_not_there(monkeypatch, capsys):
     server(monkeypatch, ("one", "aaaa", ()))
     with pytest.raises(SystemExit):

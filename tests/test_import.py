@@ -101,6 +101,26 @@ def test_zhuyu_averaged_or_raw(tmp_path):
     assert "raw (model), expected --weights=ema among them" in refusal(tmp_path, tmp_path / "raw.pt", HEADS, "--weights=ema")
 
 
+def test_what_was_taken_is_written_down(tmp_path):
+    net = small_net()
+    state, raw = net.state_dict(), small_net(std=0.2).state_dict()
+    files = {
+        "unnamed": (state, "auto"),
+        "raw": ({"model": raw}, "auto"),
+        "ema": ({"model": raw, "model_ema": state}, "auto"),
+        "raw, though there is an average": ({"params": raw, "ema_params": state}, "raw"),
+    }
+    for expected, (content, asked) in files.items():
+        bring(tmp_path, content, HEADS, f"--weights={asked}", name="a.pth")
+        assert read_checkpoint(tmp_path / "ours.ckpt")["imported"] == {
+            "source": "a.pth",
+            "container": "torch",
+            "format": "meanflow",
+            "weights": expected.partition(",")[0],
+            "flow_matching": False,
+        }
+
+
 def test_the_public_sit_runs_backwards(tmp_path):
     """u(z, t) = -u_SiT(z, 1 - t), whatever r is; with learned variances, which go."""
     net = small_net(std=0.1)

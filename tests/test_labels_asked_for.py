@@ -34,3 +34,5 @@ def test_predict_takes_a_list_and_refuses_a_class_out_of_range_before_it_writes(
     with pytest.raises(UserError, match=r"Got the classes \[10\], expected classes in \[0, 10\)"):
         predict("[10]", "bad")
     assert not list((tmp_path / "bad").rglob("*.png"))
+    predict("[1]", "bad")  # the folder was not begun
+    assert (tmp_path / "bad" / "samples" / "labels.csv").read_text().split()[1] == "0,1"

@@ -11,7 +11,7 @@ from mf_lightning.cli import load, main
 from mf_lightning.data.shards import DatasetInfo, read_info, write_info, write_shard
 from mf_lightning.pixels import from_uint8, to_uint8
 from mf_lightning.types import UserError
-from tests.runs import RECIPES
+from tests.runs import RECIPES, lines
 
 SHIPPED = "mf_lightning:digits/autoencoder"
 
@@ -57,6 +57,20 @@ def test_latents_train_decode_and_score_with_a_computed_reference(latents, tmp_p
     (reference,) = root.glob("reference-*.npz")
     assert rows[0]["protocol"]["reference"] == f"training split, decoded, {reference.stem.split('-')[1]}"
     assert {"fid/nfe1", "fid/nfe1/raw"} <= set(cli.trainer.callback_metrics)
+
+
+def test_a_computed_reference_is_that_of_the_subset_in_every_command(latents, tmp_path):
+    root, part = tmp_path / "run", "--data.init_args.subset={classes: ['3']}"
+    names = []
+    for stage, more in (("fit", [part]), ("test", [part]), ("test", [])):
+        few = ["--data.init_args.batch_size=4", "--trainer.max_steps=2", *more]
+        cli = load(
+            arguments(latents, root, "--sample_eval.metrics=[fid]", "--sample_eval.nfe=[1]", "--sample_eval.emas=[null]", *few)
+        )
+        getattr(cli.trainer, stage)(cli.model, cli.datamodule)
+        names.append(lines(root / "sample_eval.jsonl")[-1]["protocol"]["reference"])
+    assert names[0] == names[1] != names[2]
+    assert len(list(root.glob("reference-*.npz"))) == 2
 
 
 def test_evaluation_images_depend_on_seed_and_number_only(latents, tmp_path):

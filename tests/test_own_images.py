@@ -13,10 +13,10 @@ from mf_lightning.cli import main
 from tests.runs import ROOT
 
 SMALL = {  # what a test adds to each command
-    "encode": ["--autoencoder=pixel", "--image_size=16", "--extractor=digits-cnn", "--val_fraction=0.25"],
+    "encode": ["--autoencoder=pixel", "--image_size=32", "--extractor=digits-cnn", "--val_fraction=0.25"],
     "fit": [
         "--data.init_args.autoencoder=mf_lightning.autoencoders.PixelAutoencoder", "--model.net=configs/net/sit_smoke.yaml",
-        "--model.net.init_args.patch_size=4", "--trainer.max_steps=3", "--trainer.val_check_interval=3",
+        "--model.net.init_args.patch_size=8", "--trainer.max_steps=3", "--trainer.val_check_interval=3",
         "--trainer.accelerator=cpu", "--data.init_args.batch_size=12", "--sample_eval.extractor=digits-cnn",
         "--sample_eval.num_samples=90", "--trainer.enable_progress_bar=false",
     ],
@@ -37,7 +37,7 @@ def pictures(tmp_path):
     for name in ("ant", "bee", "cat"):
         (tmp_path / "my_images" / name).mkdir(parents=True)
         for i in range(16):
-            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            pixels = rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "my_images" / name / f"{i}.png")
     return tmp_path
 
@@ -59,7 +59,7 @@ def test_four_commands_from_pictures_to_samples(pictures, monkeypatch):
     ]
     assert {row["protocol"]["reference"].split(":")[0] for row in rows} == {rows[0]["protocol"]["reference"].split(":")[0]}
     assert all(np.isfinite(row["fid"]) for row in rows)
-    assert Image.open(pictures / "own.png").size[0] > 16 * 4
+    assert Image.open(pictures / "own.png").size[0] > 32 * 4
 
 
 def test_data_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):

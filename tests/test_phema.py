@@ -1,6 +1,8 @@
 """Power-function averages: profiles against their closed forms, averages against sums, other widths made after training."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from mf_lightning.checkpoints import read_checkpoint, snapshots
 from mf_lightning.checkpoints.snapshots import Header, checksum, combine, drop_later, list_snapshots, write_snapshot
 from mf_lightning.checkpoints.weights import load_initial
 from mf_lightning.cli import load
+from mf_lightning.metrics.protocol import protocol_id
 from mf_lightning.profiles import WIDEST, exponent, fit_profile, inner_products, newest_share, step_weights, width
 from mf_lightning.types import UserError
 from tests.runs import RECIPES, ROOT, command_line
@@ -223,6 +226,20 @@ def test_later_snapshots_and_halves_are_dropped_and_nothing_else(tmp_path):
     assert drop_later(tmp_path / "absent", 10) == 0
 
 
+def test_snapshots_of_other_runs_are_never_removed(whole, tmp_path):
+    folder = tmp_path / "snapshots"
+    shutil.copytree(whole / "snapshots", folder)
+    before = bytes_of(tmp_path)
+    with pytest.raises(UserError, match="a snapshot of another run"):
+        drop_later(folder, 6, "0" * 16)
+    assert bytes_of(tmp_path) == before
+    (folder / "step00000015_sigma0.050.safetensors").write_bytes(b"cut off")
+    assert drop_later(folder, 12, "0" * 16) == 1  # whatever it was
+    fit(tmp_path, trainer__max_steps=3)  # anew
+    assert {path.name: path.read_bytes() for path in sorted((folder / "earlier-1").iterdir())} == before
+    assert {path.name[:12] for path in folder.glob("step*")} == {"step00000003"}
+
+
 def test_a_full_disk_leaves_no_half(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -349,7 +366,10 @@ def test_the_made_average_is_scored_and_sampled(whole, tmp_path, capsys):
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=str(made), weights_only=True)
     weights = read_checkpoint(made)["state_dict"]
     assert torch.equal(cli.model.net.state_dict()["final_layer.linear.weight"], weights["net.final_layer.linear.weight"])
-    assert '"step": 12' in (tmp_path / "sample_eval.jsonl").read_text()
+    row = json.loads((tmp_path / "sample_eval.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 12
+    assert row["protocol"]["weights"].startswith("phema 0.08 of snapshots of run ")  # not the run's own weights
+    assert row["protocol_id"] != protocol_id({**row["protocol"], "weights": None})
     net = cli.model.net
     with torch.no_grad():
         for value in net.parameters():

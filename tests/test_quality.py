@@ -278,6 +278,27 @@ def test_memory_of_fifty_thousand_images_stays_below_a_gigabyte():
     assert float(done.stdout.split()[-1]) < 1.0  # GB; 50,000 x 2,048 float32 alone are 0.41, twice that while joined
 
 
+def test_precision_and_recall_hold_no_matrix_of_all_pairs():
+    """20,000 by 20,000 float32 distances are 1.6 GB; three such matrices would be needed at once."""
+    code = (
+        "import torch\n"
+        "from mf_lightning.metrics.neighbours import precision_recall\n"
+        "from tests.test_quality import drawn, stored\n"
+        "store, real = stored(drawn(20_000, 6, seed=1)), drawn(20_000, 6, seed=2)\n"
+        "def peak():\n"
+        "    return int([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1]) / 1e6\n"
+        "before = peak()\n"
+        "print(*precision_recall(store, real), peak() - before)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    precision, recall, grown = map(float, done.stdout.split())
+    assert 0.5 < precision < 1
+    assert 0.5 < recall < 1
+    assert grown < 0.5
+
+
 def test_equal_protocols_share_an_id_whatever_ema_and_nfe():
     one = {"extractor": "digits-cnn", "seed": 0, "ema": 0.995, "nfe": 1}
     assert protocol_id(one) == protocol_id({**one, "ema": None, "nfe": 4})

@@ -50,10 +50,43 @@ def test_training_commands_parse(command, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path))
     arguments = shlex.split(command)
     arguments = arguments[arguments.index(next(a for a in arguments if a.endswith("lightning_cli.py"))) + 1 :]
-    arguments = [a.replace("runs/quickstart/config.yaml", "configs/experiment/quickstart.yaml") for a in arguments]
+    arguments = [re.sub(r"^runs/(\w+)/config.yaml$", r"configs/experiment/\1.yaml", a) for a in arguments]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, *([] if "--help" in arguments else ["--print_config"])])
     assert stop.value.code == 0, capsys.readouterr().err
+
+
+HELD = (  # by which test
+    r"make ", r"\.venv/bin/", r"python3 -m venv \.venv$", r".*lightning_cli\.py ", r"python benchmarks/", r".*-m mf_lightning ",
+    r"sbatch ", r"python -m tests\.\w+ ",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_held_by_a_test(command):
+    assert any(re.match(pattern, command) for pattern in HELD)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("sbatch")])
+def test_cluster_commands_parse(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGENET_LATENTS", str(tmp_path))
+    monkeypatch.setenv("IMAGENET_REFERENCE", str(tmp_path))
+    words = shlex.split(command)[1:]
+    script = next(i for i, word in enumerate(words) if word.startswith("scripts/slurm/"))
+    assert (ROOT / words[script]).is_file()
+    config, _, *options = words[script + 1 :]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", config, *options, "--print_config"])
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith("python -m tests.")}))
+def test_commands_of_tests_have_these_options(command):
+    words = shlex.split(command)
+    known = python("-m", words[2], "--help")
+    assert known.returncode == 0, known.stderr
+    for option in (word.split("=")[0] for word in words[3:] if word.startswith("--")):
+        assert option in known.stdout
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "benchmarks/" in c])
@@ -78,7 +111,8 @@ def test_other_commands_have_these_options(command, capsys):
 def test_sample_and_export_commands_run(tmp_path, monkeypatch):
     """On a small checkpoint in the place of the quickstart's; nothing is sent."""
     monkeypatch.chdir(tmp_path)
-    write_generator(tmp_path / "runs" / "quickstart" / "checkpoints" / "last.ckpt", digits_info())
+    for name in ("quickstart", "own_images"):
+        write_generator(tmp_path / "runs" / name / "checkpoints" / "last.ckpt", digits_info())
     ran = [
         shlex.split(c)[3:] for c in COMMANDS if c.startswith(("python -m mf_lightning sample", "python -m mf_lightning export"))
     ]

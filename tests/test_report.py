@@ -90,6 +90,17 @@ def test_a_run_without_figures_has_its_curves(tmp_path):
     assert 'data-chart="raw_error"' in html
 
 
+def test_a_picture_that_cannot_be_read_stays(tmp_path):
+    run = make_run(tmp_path / "run", steps=300)
+    (run / "plots").mkdir()
+    (run / "plots" / "mine.png").write_bytes(b"")
+    (run / "plots" / "fid_by_step.png").write_bytes(b"cut off")
+    _, files, _ = write_report([run])
+    assert (run / "plots" / "mine.png").read_bytes() == b""
+    for file in files:
+        Image.open(file).load()
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     run = make_run(tmp_path / "all" / "run")
     (tmp_path / "empty").mkdir()

@@ -201,7 +201,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Keep the checkpoint whose FID at one NFE is lowest: the best for one step is often not the best for two.
 
     It acts where evaluation scores that NFE, and rests where evaluation is off or compares other counts. Under another protocol
-    than before (a resumed run with more images, another reference) the comparison begins anew.
+    than before, or with another average (a resumed run with more images, another reference), the comparison begins anew.
 
     Args:
         folder: where ``best_nfe1.ckpt`` is written.
@@ -217,13 +217,15 @@ class BestCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self.protocol: str | None = None
-        """Id of the protocol under which the best so far was measured."""
+        """Id of the protocol, and average, with which the best so far was measured."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare and save, where the figure was logged."""
         if self.monitor not in trainer.callback_metrics:
             return
-        made = [row["protocol_id"] for c in trainer.callbacks if isinstance(c, SampleEval) for row in c.rows[-1:]]
+        made = [
+            f"{row['protocol_id']} {c.first}" for c in trainer.callbacks if isinstance(c, SampleEval) for row in c.rows[-1:]
+        ]
         now = made[0] if made else None
         if self.protocol not in (None, now) and not trainer.sanity_checking:
             self.best_k_models, self.kth_best_model_path, self.kth_value = {}, "", torch.tensor(torch.inf)

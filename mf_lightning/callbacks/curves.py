@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning import LightningModule
 
@@ -19,10 +19,24 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [{**row, "protocol_id": row.get("protocol_id") or protocol_id(row["protocol"])} for row in rows]
 
 
-def first_protocol(file: Path) -> str | None:
-    """Return the id of the protocol that a run's curves began with; None if it has no figures yet."""
-    rows = read_rows(file)
-    return rows[0]["protocol_id"] if rows else None
+def of_training(row: dict[str, Any]) -> bool:
+    """Tell whether a line was measured while training, not by `validate` or `test`."""
+    return row.get("stage", "fit") == "fit"
+
+
+class Home(NamedTuple):
+    """What a run's curves began with: other figures get keys of their own."""
+
+    protocol: str
+    """Id."""
+    ema: float | None
+    """Average whose keys have no suffix."""
+
+
+def find_home(file: Path) -> Home | None:
+    """Return what a run's curves began with; None if it has no figures yet."""
+    rows = [row for row in read_rows(file) if of_training(row)]
+    return Home(rows[0]["protocol_id"], rows[0]["ema"]) if rows else None
 
 
 def weights_suffix(ema: float | None, *, first: float | None) -> str:
@@ -38,32 +52,36 @@ def protocol_suffix(protocol: str, *, home: str | None) -> str:
     return "" if home in (None, protocol) else f"@{protocol}"
 
 
-def log_figures(pl_module: LightningModule, row: dict[str, Any], *, first: float | None, home: str | None) -> None:
+def log_figures(pl_module: LightningModule, row: dict[str, Any], *, first: float | None, home: Home | None) -> None:
     """Log one evaluation's figures as ``fid/nfe1``, ...; what watches them finds them under that name in any case.
 
     Args:
         pl_module: that logs.
         row: line of ``sample_eval.jsonl``.
-        first: average whose figures have keys without a suffix.
-        home: protocol that the run's curves began with; None is this one.
+        first: average that is watched without a suffix.
+        home: what the run's curves began with; None is this row's protocol and that average.
     """
-    mark = protocol_suffix(row["protocol_id"], home=home)
+    began = Home(row["protocol_id"], first) if home is None else home
+    mark = protocol_suffix(row["protocol_id"], home=began.protocol)
     for metric in METRICS:
         value = row.get(metric.name)
         if value is None:
             continue
-        key = f"{metric.name}/nfe{row['nfe']}{weights_suffix(row['ema'], first=first)}"
-        pl_module.log(key, value, logger=not mark, rank_zero_only=False)
-        if mark:
-            pl_module.log(key + mark, value, rank_zero_only=False)
+        name = f"{metric.name}/nfe{row['nfe']}"
+        watched = name + weights_suffix(row["ema"], first=first)
+        logged = name + weights_suffix(row["ema"], first=began.ema) + mark
+        pl_module.log(watched, value, logger=watched == logged, rank_zero_only=False)
+        if watched != logged:
+            pl_module.log(logged, value, rank_zero_only=False)
 
 
 def keep_lines(file: Path, *, before: int) -> None:
-    """Drop lines of a step and later ones, and one that was cut off in the middle."""
+    """Drop what a training measured at a step and later, and a line that was cut off in the middle."""
     if not file.exists():
         return
     lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < before]
+    whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [line for line, row in whole if row["step"] < before or not of_training(row)]
     if kept != lines:
         aside = file.with_name(f".{file.name}.tmp")
         aside.write_text("".join(kept))

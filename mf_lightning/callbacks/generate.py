@@ -37,8 +37,8 @@ class Images:
     """Network passes that each image took, counted."""
     num_steps: int
     """Jumps of the sampler that made them."""
-    seconds: float | None
-    """Network and decoder, for this batch, if it was asked for."""
+    seconds_per_image: float | None
+    """Network and decoder, if it was asked for."""
 
 
 def choose_labels(scheme: LabelScheme | list[int], index: Tensor, *, num_classes: int, seed: int) -> Tensor | None:
@@ -75,15 +75,6 @@ def find_ema(trainer: Trainer) -> EMA:
             "Got a trainer without the EMA callback, expected one. Add mf_lightning.callbacks.EMA to its callbacks."
         )
     return found[0]
-
-
-def check_nfe(name: str, nfe: list[int]) -> list[int]:
-    """Refuse an empty list, or step counts that are not whole and positive, at the door."""
-    if not nfe:
-        raise UserError(f"Got {name} = [], expected at least one number of sampling steps, for example [1, 2].")
-    for num_steps in nfe:
-        time_grid(num_steps)
-    return list(nfe)
 
 
 @torch.no_grad()
@@ -157,9 +148,10 @@ def generate(
                     counted = CountedPasses(pl_module.generator)
                     with trainer.precision_plugin.forward_context():
                         latents = sample(counted, noise, y=y, grid=time_grid(steps), sampler=sampler)
+                    network = 0.0 if watch is None else watch.seconds()
                     if len(part):
                         pixels = data.decode(latents[kept])
-                        seconds = None if watch is None else watch.seconds()
+                        seconds = None if watch is None else network / size + (watch.seconds() - network) / len(part)
                         yield Images(pixels, labels_kept, part, counted.passes, steps, seconds)
                     bar.update(len(part))
     finally:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from mf_lightning.checkpoints import describe_net
-from mf_lightning.checkpoints.snapshots import FOLDER, Header, checksum, drop_later, write_snapshot
+from mf_lightning.checkpoints.snapshots import FOLDER, Header, checksum, drop_later, set_aside, write_snapshot
 from mf_lightning.optim import average, compiled_average
 from mf_lightning.profiles import check_width, exponent, newest_share
 from mf_lightning.sharding import gathered, is_sharded, local
@@ -81,11 +81,13 @@ class PowerEMA(Callback):
         return value.cpu() if self.on_cpu else value
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove snapshots of steps that are still to come: of a run that was killed after its last checkpoint."""
+        """Remove snapshots of steps that are still to come, of a run that was killed; set those of an earlier run aside."""
         self._seen_step = self._written_step = trainer.global_step
         if self.widths and not trainer.fast_dev_run:
-            if trainer.is_global_zero:
-                removed = drop_later(self._folder(trainer), trainer.global_step)
+            if trainer.is_global_zero and trainer.global_step == 0 and (aside := set_aside(self._folder(trainer))):
+                rank_zero_info(f"Snapshots of an earlier run were moved to {aside}")
+            elif trainer.is_global_zero:
+                removed = drop_later(self._folder(trainer), trainer.global_step, self.run)
                 if removed:
                     rank_zero_info(f"{removed} snapshots of steps after {trainer.global_step} removed: they are made again")
             trainer.strategy.barrier()

@@ -13,12 +13,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from mf_lightning.callbacks.curves import append_line, first_protocol, keep_lines, log_figures
-from mf_lightning.callbacks.generate import LabelScheme, Stopwatch, check_nfe, find_ema, generate
+from mf_lightning.callbacks.curves import Home, append_line, find_home, keep_lines, log_figures
+from mf_lightning.callbacks.generate import LabelScheme, Stopwatch, find_ema, generate
 from mf_lightning.callbacks.scoring import Beside
-from mf_lightning.flow.sampler import AverageSampler, Sampler
+from mf_lightning.flow.sampler import AverageSampler, Sampler, check_nfe
 from mf_lightning.metrics.extractor import Extractor
-from mf_lightning.metrics.fidelity import NEED_FEATURES, SampleQuality, kid_subset_size, possible_metrics
+from mf_lightning.metrics.fidelity import NEED_FEATURES, SampleQuality, bias_of_few, kid_subset_size, possible_metrics
 from mf_lightning.metrics.protocol import NAMES, protocol_id
 from mf_lightning.metrics.reference import Reference, ReferenceSums, identity, load_reference, save_reference
 from mf_lightning.pixels import ROUNDING
@@ -105,8 +105,10 @@ class SampleEval(Callback):
         self.reference: Reference | None = None
         self.chosen: list[str] = []
         """Figures that are computed, once the reference is known."""
-        self.home: str | None = None
-        """Id of the protocol that the run's curves began with; figures of another one get keys of their own."""
+        self.first: float | None = None
+        """Average whose figures are watched without a suffix."""
+        self.home: Home | None = None
+        """Protocol and average that the run's curves began with; figures of others get keys of their own."""
         self.rows: list[dict[str, Any]] = []
         """Every line written by this process's run, newest last."""
 
@@ -114,6 +116,11 @@ class SampleEval(Callback):
         """Load extractor and reference now, so that what is missing shows at the start and not after an hour."""
         if self.num_samples == 0 or stage == "predict" or self.extractor is not None:
             return
+        if stage == "fit" and (unknown := {*(self.emas or []), None} - {*find_ema(trainer).decays, None}):
+            raise UserError(
+                f"Got sample_eval.emas = {self.emas} with {sorted(unknown)}, which are not kept, expected some of ema.decays = "
+                f"{find_ema(trainer).decays} and null for the raw weights. Change one of the two."
+            )
         if trainer.datamodule.autoencoder is None:
             raise UserError(
                 "Got data.autoencoder = null, expected one to make pictures for FID. Set data.autoencoder, or turn "
@@ -121,7 +128,8 @@ class SampleEval(Callback):
             )
         self._load_extractors()
         if self.reference_path is not None:
-            self.reference = load_reference(self.reference_path, self.extractor, cache=Path(trainer.default_root_dir))
+            cache = Path(trainer.default_root_dir)
+            self.reference = load_reference(self.reference_path, self.extractor, dinov2=self.dinov2, cache=cache)
 
     def _load_extractors(self) -> None:
         name, asked = self.extractor_name, self.metrics
@@ -142,12 +150,8 @@ class SampleEval(Callback):
             )
         if self.dinov2_name is not None and (asked is None or "fd_dinov2" in asked):
             self.dinov2 = Extractor(self.dinov2_name, weights=self.dinov2_weights, option="sample_eval.dinov2_weights")
-        if self.num_samples < self.extractor.dim:
-            rank_zero_warn(
-                f"{self.num_samples:,} images for {self.extractor.dim:,} features: their covariance is singular, and FID is "
-                "biased upwards by some amount that depends on the count. Compare such figures only with each other, or raise "
-                f"sample_eval.num_samples to {self.extractor.dim:,} or more."
-            )
+        if bias := bias_of_few(self.num_samples, self.extractor, self.dinov2):
+            rank_zero_warn(f"{bias} Compare such figures only with each other, or raise sample_eval.num_samples.")
 
     def _choose(self, *, conditional: bool) -> None:
         """Decide which figures there will be, and say which not, and why."""
@@ -186,12 +190,12 @@ class SampleEval(Callback):
         file = Path(trainer.default_root_dir) / RESULTS_FILE
         if trainer.is_global_zero:
             keep_lines(file, before=trainer.global_step + 1)
-        self.home = trainer.strategy.broadcast(first_protocol(file))
+        self.home = trainer.strategy.broadcast(find_home(file))
 
     def _computed_reference(self, trainer: Trainer, pl_module: LightningModule) -> Reference:
         """Decode the training split once, each process its share, and keep the statistics beside the run."""
         data = trainer.datamodule
-        of_data = [data.info.to_json(), data.seed, data.state_dict().get("subset")]
+        of_data = [data.info.to_json(), data.seed, data.subset.describe(), data.autoencoder.id]
         extractors = [identity(self.extractor), self.extractor.spatial, self.dinov2 and identity(self.dinov2)]
         key = hashlib.sha256(json.dumps([extractors, of_data], sort_keys=True).encode()).hexdigest()[:12]
         file = Path(trainer.default_root_dir) / f"reference-{key}.npz"
@@ -204,8 +208,9 @@ class SampleEval(Callback):
             if trainer.is_global_zero:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 save_reference(file, reference)
+            del sums, reference  # features in memory twice would be too much
             trainer.strategy.barrier()
-        reference = load_reference(file, self.extractor)
+        reference = load_reference(file, self.extractor, dinov2=self.dinov2)
         reference.name = f"training split, decoded, {key}"  # what it is of: its file's bytes hold a time, and last digits
         return reference
 
@@ -222,6 +227,7 @@ class SampleEval(Callback):
         if self.extractor is None:
             return
         emas = [find_ema(trainer).use] if self.emas is None else self.emas
+        self.first = emas[0]
         file = Path(trainer.default_root_dir) / RESULTS_FILE
         if trainer.is_global_zero and trainer.state.fn == "fit":  # what an interrupted validation of this step left
             keep_lines(file, before=trainer.global_step)
@@ -229,7 +235,7 @@ class SampleEval(Callback):
             for row in self._evaluate(trainer, pl_module, ema):
                 self.rows.append(row)
                 home = self.home if trainer.state.fn == "fit" else None
-                log_figures(pl_module, row, first=emas[0], home=home)
+                log_figures(pl_module, row, first=self.first, home=home)
                 if trainer.is_global_zero:
                     append_line(file, row)
 
@@ -264,9 +270,8 @@ class SampleEval(Callback):
                 update = quality[images.num_steps].update
                 scoring.do(partial(update, images.pixels, images.labels, images.index))
                 nfe[images.num_steps] = images.nfe
-                if images.seconds is not None:
-                    seconds[images.num_steps].append(images.seconds / len(images.index))
-                if len(self.nfe) > 1 and images.seconds is not None:
+                if images.seconds_per_image is not None:
+                    seconds[images.num_steps].append(images.seconds_per_image)
                     scoring.wait()  # the next number of steps is timed as well
         figures = {steps: quality[steps].compute() for steps in self.nfe}
         rate = round(self.num_samples * len(self.nfe) / watch.seconds(), 1)
@@ -276,6 +281,7 @@ class SampleEval(Callback):
             rows.append(
                 {
                     "step": pl_module.trained_steps,
+                    "stage": trainer.state.fn.value,
                     "ema": ema,
                     "nfe": nfe[steps],
                     **figures[steps],
@@ -291,7 +297,9 @@ class SampleEval(Callback):
         """Return everything that moves the figures besides the network; only equal protocols compare."""
         labels = self.labels if trainer.lightning_module.net.y_null else "none"
         return {
+            "weights": trainer.lightning_module.imported,
             "extractor": self.extractor.name,
+            "extractor_weights": identity(self.extractor)["weights"],
             "layer": self.extractor.layer,
             "resize": "the extractor's own",
             "reference": self.reference.name,
@@ -303,7 +311,8 @@ class SampleEval(Callback):
             "precision": str(trainer.precision),
             "sampler": self.sampler.name,
             "kid_subset_size": kid_subset_size(self.num_samples, self.reference) if "kid" in self.chosen else None,
-            "dinov2": self.dinov2.name if "fd_dinov2" in self.chosen else None,
+            "dinov2": f"{self.dinov2.name}@{identity(self.dinov2)['weights']}" if "fd_dinov2" in self.chosen else None,
+            "class_layer": self.class_layer,
             "ema": ema,
             "nfe": nfe,
         }

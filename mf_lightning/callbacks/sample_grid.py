@@ -11,10 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
-from mf_lightning.callbacks.generate import check_nfe, find_ema, generate
+from mf_lightning.callbacks.generate import find_ema, generate
 from mf_lightning.data.datamodule import LatentData
 from mf_lightning.draws import Stream
-from mf_lightning.flow.sampler import AverageSampler, Sampler
+from mf_lightning.flow.sampler import AverageSampler, Sampler, check_nfe
 from mf_lightning.sheet import blank, labelled_grid, pick_real, tile, to_picture
 from mf_lightning.types import UserError
 

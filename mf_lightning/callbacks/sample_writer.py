@@ -16,9 +16,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mf_lightning.callbacks.generate import LabelScheme, check_nfe, choose_labels, find_ema, generate
+from mf_lightning.callbacks.generate import LabelScheme, choose_labels, find_ema, generate
 from mf_lightning.callbacks.sample_files import NPZ_FILE, NpzFiles, PngFiles, SampleFiles, aside_of
-from mf_lightning.flow.sampler import AverageSampler, Sampler
+from mf_lightning.flow.sampler import AverageSampler, Sampler, check_nfe
 from mf_lightning.pixels import ROUNDING
 from mf_lightning.sharding import gathered
 from mf_lightning.types import UserError
@@ -83,6 +83,9 @@ class SampleWriter(Callback):
         """Make the images that are missing, a batch on each process in turn, and join them."""
         folder = Path(self.folder or Path(trainer.default_root_dir) / "samples")
         files: SampleFiles = FILES[self.format](folder)
+        choose_labels(self.labels, torch.arange(1), num_classes=pl_module.net.y_null or 0, seed=self.seed)  # or it raises
+        if trainer.datamodule.autoencoder is None:
+            raise UserError("Got data.autoencoder = null for `predict`, expected one to make pictures. Set data.autoencoder.")
         settings = self.settings(trainer, pl_module)
         present = _from_first(trainer, lambda: self._begin(folder, files, settings))
         try:

@@ -20,13 +20,15 @@ class Beside:
 
     Args:
         device: that the jobs compute on.
+        threaded: whether a thread does them; null is on a GPU only.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, threaded: bool | None = None) -> None:
         self.device = device
         self._error: BaseException | None = None
-        self._jobs: queue.Queue[tuple[Callable[[], None], torch.cuda.Event] | None] | None = None
-        if device.type == "cuda":
+        self._jobs: queue.Queue[tuple[Callable[[], None], torch.cuda.Event | None] | None] | None = None
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu if threaded is None else threaded:
             self._jobs = queue.Queue(AHEAD)
             self._thread = threading.Thread(target=self._work, name="scoring", daemon=True)
             self._thread.start()
@@ -47,8 +49,9 @@ class Beside:
         if self._jobs is None:
             job()
             return
-        ready = torch.cuda.Event()  # everything that made the job's tensors
-        ready.record()
+        ready = torch.cuda.Event() if self._on_gpu else None
+        if ready is not None:
+            ready.record()  # behind everything that made the job's tensors
         self._jobs.put((job, ready))
 
     def wait(self) -> None:
@@ -58,12 +61,16 @@ class Beside:
         self._raise()
 
     def _work(self) -> None:
-        torch.cuda.set_device(self.device)
-        stream = torch.cuda.Stream(self.device)
+        stream = None
+        if self._on_gpu:
+            torch.cuda.set_device(self.device)
+            stream = torch.cuda.Stream(self.device)
         while (found := self._jobs.get()) is not None:
             job, ready = found
             try:
-                if self._error is None:
+                if self._error is None and stream is None:
+                    job()
+                elif self._error is None:
                     with torch.cuda.stream(stream):
                         stream.wait_event(ready)
                         job()

@@ -12,7 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
-from mf_lightning.callbacks.curves import protocol_suffix, read_rows, weights_suffix
+from mf_lightning.callbacks.curves import of_training, protocol_suffix, read_rows, weights_suffix
 from mf_lightning.callbacks.sample_eval import RESULTS_FILE, SampleEval
 from mf_lightning.callbacks.wandb_logger import SafeWandbLogger
 from mf_lightning.metrics.protocol import COMPARED, METRICS
@@ -67,7 +67,7 @@ class WandbLog(Callback):
         rows = self._rows(trainer)
         if not (trainer.is_global_zero and rows) or trainer.sanity_checking:
             return
-        first = _first_ema(trainer, rows)
+        first = rows[0]["ema"]  # as `Home` of the logged figures
         protocols = {row["protocol_id"]: _shared(row["protocol"]) for row in rows}
         about = {"protocol": protocols[self._home], "protocol_id": self._home, "protocols": protocols}  # of keys without @
         kinds = {}
@@ -98,7 +98,7 @@ class WandbLog(Callback):
         if not trainer.is_global_zero:
             return []
         if trainer.state.fn == "fit":
-            rows = read_rows(Path(trainer.default_root_dir) / RESULTS_FILE)
+            rows = [row for row in read_rows(Path(trainer.default_root_dir) / RESULTS_FILE) if of_training(row)]
         else:
             rows = [row for callback in trainer.callbacks if isinstance(callback, SampleEval) for row in callback.rows]
         self._home = rows[0]["protocol_id"] if rows else None
@@ -108,7 +108,7 @@ class WandbLog(Callback):
         """Return one chart per metric, average and protocol, with one line per NFE."""
         import wandb
 
-        first = _first_ema(trainer, rows)
+        first = rows[0]["ema"]
         charts = {}
         for metric in METRICS:
             lines: dict[str, dict[int, dict[int, float]]] = {}
@@ -142,12 +142,6 @@ def without_secrets(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: "not shown" if key in PRIVATE and value else without_secrets(value) for key, value in tree.items()}
     return [without_secrets(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
-
-
-def _first_ema(trainer: Trainer, rows: list[dict[str, Any]]) -> float | None:
-    """Return the average whose figures have keys without a suffix, as the evaluation that runs now decides."""
-    made = [row for callback in trainer.callbacks if isinstance(callback, SampleEval) for row in callback.rows]
-    return (made or rows)[0]["ema"]
 
 
 def _shared(protocol: dict[str, Any]) -> dict[str, Any]:

@@ -143,18 +143,18 @@ class SafeWandbLogger(WandbLogger):
         import wandb
 
         path, score = Path(checkpoint_callback.best_model_path), checkpoint_callback.best_model_score
-        if not (checkpoint_callback.best_model_path and path.exists()):
-            return
+        if not (checkpoint_callback.best_model_path and path.exists()) or isinstance(self._experiment, DummyExperiment):
+            return  # the latter: W&B is lost
         written = path.stat().st_mtime
         if self._logged_model_time.get(str(path)) == written:
             return
         metadata = {"monitor": checkpoint_callback.monitor, "score": None if score is None else float(score)}
-        artifact = wandb.Artifact(f"{path.stem}-{self.experiment.id}", type="model", metadata=metadata)
-        if path.is_dir():  # shards
-            artifact.add_dir(str(path))
-        else:
-            artifact.add_file(str(path))
         with self.surviving():
+            artifact = wandb.Artifact(f"{path.stem}-{self.experiment.id}", type="model", metadata=metadata)
+            if path.is_dir():  # shards
+                artifact.add_dir(str(path))
+            else:
+                artifact.add_file(str(path))
             self.experiment.log_artifact(artifact, aliases=["best"])
         self._logged_model_time[str(path)] = written
 

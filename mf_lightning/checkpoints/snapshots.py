@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -93,20 +94,59 @@ def write_snapshot(folder: Path, tensors: dict[str, Tensor], header: Header) -> 
         aside.unlink(missing_ok=True)
 
 
-def drop_later(folder: Path, step: int) -> int:
+def set_aside(folder: Path) -> Path | None:
+    """Move all snapshots into a new folder inside theirs, and return it: a run that begins is not the one that made them."""
+    paths = [path for path in sorted(folder.iterdir()) if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    if not paths:
+        return None
+    aside = next(place for n in itertools.count(1) if not (place := folder / f"earlier-{n}").exists())
+    aside.mkdir()
+    for path in paths:
+        path.rename(aside / path.name)
+    return aside
+
+
+def drop_later(folder: Path, step: int, run: str | None = None) -> int:
     """Remove snapshots of steps after ``step``, and what a kill left half written; return how many were removed.
 
     A run that goes on from ``step`` makes them again, to the last bit or, from another state, as they ought to be.
+
+    Args:
+        folder: of the snapshots.
+        step: that the run goes on from.
+        run: its name; None if it has not written any.
+
+    Raises:
+        UserError: another run's are among them.
     """
+    later = [path for path in sorted(folder.iterdir()) if _is_later(path, step)] if folder.is_dir() else []
+    for path in later:
+        if run is not None and (other := _run_of(path)) not in (None, run):
+            raise UserError(
+                f"Got {path}, a snapshot of another run ({other}, not {run}), expected only this run's. Give this run a folder "
+                "of its own: --phema.folder."
+            )
     removed = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) > step:
+        if path in later:
             path.unlink()
             removed += 1
         elif _LEFT.fullmatch(path.name):
             path.unlink()
     return removed
+
+
+def _is_later(path: Path, step: int) -> bool:
+    match = _NAME.fullmatch(path.name)
+    return match is not None and int(match[1]) > step
+
+
+def _run_of(path: Path) -> str | None:
+    """Return the run that a snapshot names; None of one that was cut off."""
+    try:
+        return _read_header(path).run
+    except UserError:
+        return None
 
 
 def list_snapshots(folder: Path) -> list[Snapshot]:

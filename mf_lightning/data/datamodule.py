@@ -34,6 +34,9 @@ class LatentData(LightningDataModule):
         workers: threads that make batches ahead; null is one on a GPU and none elsewhere.
     """
 
+    subset = Subset()
+    """Which rows are used."""
+
     def __init__(
         self,
         info: DatasetInfo,

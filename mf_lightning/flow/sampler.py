@@ -26,6 +26,17 @@ def time_grid(num_steps: int) -> list[float]:
     return [1 - i / num_steps for i in range(num_steps)] + [0.0]
 
 
+def check_nfe(name: str, nfe: list[int]) -> list[int]:
+    """Refuse an empty list, or step counts that are not whole and positive, at the door."""
+    if not nfe:
+        raise UserError(f"Got {name} = [], expected at least one number of sampling steps, for example [1, 2].")
+    for num_steps in nfe:
+        time_grid(num_steps)
+    if len(set(nfe)) != len(nfe):
+        raise UserError(f"Got {name} = {nfe}, expected each number of sampling steps once. Leave out what stands twice.")
+    return list(nfe)
+
+
 def check_grid(grid: Sequence[float]) -> None:
     """Refuse a time grid that does not fall from 1 to 0.
 

@@ -18,7 +18,7 @@ from mf_lightning.metrics.extractor import SPATIAL, Extractor
 from mf_lightning.metrics.neighbours import NEIGHBOURS, precision_recall
 from mf_lightning.metrics.processes import summed, world
 from mf_lightning.metrics.protocol import NAMES
-from mf_lightning.metrics.reference import Reference
+from mf_lightning.metrics.reference import SPATIAL_DIM, Reference
 from mf_lightning.metrics.score import SPLITS, ScoreSums
 from mf_lightning.metrics.store import FeatureStore
 from mf_lightning.metrics.sums import FeatureSums
@@ -38,6 +38,18 @@ def frechet(mu: np.ndarray, sigma: np.ndarray, mu_real: np.ndarray, sigma_real: 
 def kid_subset_size(count: int, reference: Reference) -> int:
     """Return the size of KID's subsets: torch-fidelity's 1,000, or all images of the smaller set."""
     return min(KID_SUBSET_SIZE, count, len(reference.features))
+
+
+def bias_of_few(count: int, extractor: Extractor, dinov2: Extractor | None = None) -> str | None:
+    """Return what so few images do to Frechet distances, in a sentence; None where they are enough."""
+    sizes = {"fid": extractor.dim, "sfid": SPATIAL_DIM if extractor.spatial else 0, "fd_dinov2": dinov2.dim if dinov2 else 0}
+    few = {metric: size for metric, size in sizes.items() if count <= size}
+    if not few:
+        return None
+    return (
+        f"{count:,} images for {max(few.values()):,} features: their covariance is singular, and {', '.join(few)} biased "
+        "upwards by some amount that depends on the count."
+    )
 
 
 def fid(features: Tensor, reference: Reference) -> float:

@@ -8,10 +8,14 @@ from torch import Tensor, distributed
 
 from mf_lightning import draws
 from mf_lightning.draws import Stream
-from mf_lightning.metrics.processes import world
+from mf_lightning.metrics.processes import sent_from, world
 
 MOST = 50_000
 """Images whose features a reference holds: KID, precision and recall of the field take no more."""
+
+
+PART = 4096
+"""Rows that travel at a time."""
 
 
 class KeptFeatures:
@@ -49,8 +53,8 @@ class KeptFeatures:
 
     def sorted(self) -> Tensor:
         """Return the kept features by number of the image, (N, D) float32."""
-        order = np.argsort(self.keys & np.uint64(0xFFFFFFFF))
-        return torch.from_numpy(self.rows[: len(self.keys)][order])
+        rows, order = self.rows[: len(self.keys)], np.argsort(_numbers(self.keys))
+        return torch.from_numpy(rows if (order == np.arange(len(order))).all() else rows[order])
 
     def over_processes(self) -> KeptFeatures:
         """Return the choice among the images of all processes, on the first one; every process calls it."""
@@ -59,13 +63,23 @@ class KeptFeatures:
             return self
         everyone: list = [None] * processes
         distributed.all_gather_object(everyone, self.keys)
-        keys = np.sort(np.concatenate(everyone))
-        mine = self.keys <= keys[min(self.most, len(keys)) - 1] if self.most and len(keys) else np.zeros(len(self.keys), bool)
-        parts: list = [None] * processes
-        kept = (self.keys[mine], self.rows[: len(self.keys)][mine])
-        distributed.gather_object(kept, parts if rank == 0 else None)
+        keys = np.sort(np.concatenate(everyone))[: self.most]
+        chosen = [np.flatnonzero(theirs <= keys[-1]) if len(keys) else [] for theirs in everyone]
+        numbers = np.sort(_numbers(keys))
         joined = KeptFeatures(self.dim, self.most, seed=self.seed)
         if rank == 0:
-            joined.keys = np.concatenate([part[0] for part in parts])
-            joined.rows = np.concatenate([part[1] for part in parts])
+            joined.keys = np.empty(len(keys), np.uint64)
+        for source, places in enumerate(chosen):  # a part at a time, or the first process would hold all rows twice
+            for start in range(0, len(places), PART):
+                part = places[start : start + PART]
+                mine = torch.from_numpy(self.rows[part]) if source == rank else torch.empty(len(part), self.dim)
+                rows = sent_from(source, mine)
+                if rank == 0:
+                    to = np.searchsorted(numbers, _numbers(everyone[source][part]))
+                    joined.keys[to], joined.rows[to] = everyone[source][part], rows.numpy()
         return joined
+
+
+def _numbers(keys: np.ndarray) -> np.ndarray:
+    """Return the images' numbers, without the draws before them."""
+    return keys & np.uint64(0xFFFFFFFF)

@@ -31,7 +31,7 @@ COMPARED = ("ema", "nfe")
 """What figures of one protocol are compared over."""
 DERIVED = ("kid_subset_size",)
 """What follows from the rest, and is only there where KID is."""
-ONCE_UNTOLD = {"sampler": "average velocity"}
+ONCE_UNTOLD = {"sampler": "average velocity", "weights": None}
 """What protocols that do not tell it had."""
 
 

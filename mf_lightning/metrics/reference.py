@@ -132,16 +132,14 @@ class ReferenceSums:
         fid = found[self.extractor.layer]
         features = self.kept.over_processes().sorted() if self.kept.most else None
         kept = {} if features is None or count <= self.kept.most else {"kept": self.kept.most, "kept_seed": self.kept.seed}
-        about = {**identity(self.extractor), "dinov2": self.dinov2 and self.dinov2.name, **about, "count": count, **kept}
+        dinov2 = self.dinov2 and identity(self.dinov2)
+        about = {**identity(self.extractor), "dinov2": dinov2, **about, "count": count, **kept}
         return Reference(fid.mu, fid.sigma, features, "computed", about, found.get(SPATIAL), found.get("dinov2"))
 
 
 def identity(extractor: Extractor) -> dict[str, str]:
     """Return name and layer of an extractor and a checksum of its weights: references of others do not compare."""
-    digest = hashlib.sha256()
-    for _, value in sorted(extractor.net.state_dict().items()):
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return {"extractor": extractor.name, "layer": extractor.layer, "weights": digest.hexdigest()[:16]}
+    return {"extractor": extractor.name, "layer": extractor.layer, "weights": extractor.checksum}
 
 
 def reference_of_features(features: Tensor, *, name: str, about: dict) -> Reference:
@@ -193,12 +191,15 @@ def save_reference(path: str | Path, reference: Reference, **more: Any) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load_reference(path: str | Path, extractor: Extractor, *, cache: Path | None = None) -> Reference:
+def load_reference(
+    path: str | Path, extractor: Extractor, *, dinov2: Extractor | None = None, cache: Path | None = None
+) -> Reference:
     """Read a reference: ours, or any .npz with mu and sigma (ADM, pytorch-fid, torch-fidelity, JiT, official MeanFlow).
 
     Args:
         path: of the file.
         extractor: that the reference must be of; it also makes the features of images in the file, when they are asked for.
+        dinov2: extractor that the reference's statistics of DINOv2 must be of, if they are asked for.
         cache: folder in which these are kept; None computes them in every process.
 
     Raises:
@@ -218,10 +219,15 @@ def load_reference(path: str | Path, extractor: Extractor, *, cache: Path | None
     name = f"{path.name}@{_checksum(path)}"
     fid = _statistics_of(stored, path, present)
     _check_extractor(about, extractor, path)
+    if dinov2 is not None and "mu_dinov2" in stored:
+        told = about.get("dinov2") or {}
+        _check_extractor({"extractor": told} if isinstance(told, str) else told, dinov2, path)
     _check_size(fid, extractor.dim, f"'{extractor.name}', layer {extractor.layer}", path)
     more = {key: _pair(stored, f"mu_{key}", f"sigma_{key}", path) for key in ("s", "dinov2")}
     if more["s"] is not None:
         _check_size(more["s"], SPATIAL_DIM, "sFID's layer", path)
+    if more["dinov2"] is not None and dinov2 is not None:
+        _check_size(more["dinov2"], dinov2.dim, f"'{dinov2.name}'", path)
     features: Any = torch.from_numpy(stored["features"]) if "features" in stored else None
     if features is not None and (features.dim() != 2 or features.shape[1] != extractor.dim):
         raise UserError(f"Got features of shape {tuple(features.shape)} in '{path}', expected (N, {extractor.dim}). {HOW}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from mf_lightning.report.charts import HEIGHT, WIDTH, Chart, Line, Mark, draw
 from mf_lightning.report.svg import DASHES
@@ -41,7 +42,9 @@ def save_png(chart: Chart, file: Path) -> None:
         pen.text(48, y + 4, series.name, "start")
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", MADE_BY)
-    image.resize((WIDTH * SIZE, height * SIZE), Image.Resampling.LANCZOS).save(file, pnginfo=about)
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    image.resize((WIDTH * SIZE, height * SIZE), Image.Resampling.LANCZOS).save(aside, "PNG", pnginfo=about)
+    aside.replace(file)
 
 
 def remove_old(folder: Path, keep: set[str]) -> None:
@@ -49,8 +52,11 @@ def remove_old(folder: Path, keep: set[str]) -> None:
     for file in folder.glob("*.png"):
         if file.name in keep:
             continue
-        with Image.open(file) as image:
-            ours = image.info.get("Software") == MADE_BY
+        try:
+            with Image.open(file) as image:
+                ours = image.info.get("Software") == MADE_BY
+        except UnidentifiedImageError:  # somebody's, or cut off
+            continue
         if ours:
             file.unlink()
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mf_lightning.flow.sampler import check_nfe
 from mf_lightning.metrics.protocol import METRICS
 from mf_lightning.types import UserError
 
@@ -66,6 +68,8 @@ def dashboard(
         save: false asks no server and prints the view or report as JSON instead.
     """
     entity, project = parse_project(project)
+    if nfe is not None:
+        check_nfe("--nfe", nfe)
     _require()
     if save:
         compared = ask_server(entity, project, runs or [], nfe=nfe, protocol=protocol, kind=kind)
@@ -142,6 +146,10 @@ def ask_server(
             "ids, or leave the option out."
         )
     protocols = sorted({run.config["protocol_id"] for run in chosen if run.config.get("protocol_id")})
+    if protocol is not None and protocol not in protocols:
+        raise UserError(
+            f"Got --protocol={protocol}, expected one that the runs began with: {', '.join(protocols) or 'none has figures'}."
+        )
     if protocol is not None:
         protocols = [protocol]
     elif len(protocols) > 1 and kind == "workspace":
@@ -152,6 +160,8 @@ def ask_server(
     keys = {key for run in chosen for key in dict(run.summary)}
     seen = {match.groups() for key in keys if (match := re.fullmatch(r"(\w+)/nfe(\d+)", key))}
     metrics = tuple(metric.name for metric in METRICS if any(metric.name == name for name, _ in seen))
+    if not metrics:
+        print("None of these runs has figures yet: the panels stay empty until one has.", file=sys.stderr)
     counts = nfe or sorted({int(number) for _, number in seen}) or list(DEFAULT_NFE)
     ids = tuple(run.id for run in chosen) if names else ()
     return Compared(entity, project, ids, tuple(protocols), metrics, tuple(counts), asked=True)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from mf_lightning.autoencoders import KLAutoencoder
+from mf_lightning.checkpoints.metadata import weights_metadata
 from mf_lightning.pipeline import MeanFlowPipeline
 
 CODE = Path(__file__).resolve().parent.parent / "pipeline" / "for_diffusers"
@@ -24,7 +25,7 @@ def export_diffusers(pipeline: MeanFlowPipeline, folder: Path) -> None:
     inside = folder / "transformer"
     inside.mkdir(parents=True)
     state = {f"net.{name}": value.detach().cpu().contiguous() for name, value in pipeline.net.state_dict().items()}
-    save_file(state, inside / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(state, inside / "diffusion_pytorch_model.safetensors", metadata=weights_metadata(pipeline.description.plain()))
     version = {"_diffusers_version": diffusers.__version__}
     _write(inside / "config.json", {"_class_name": "MeanFlowTransformer", **version, "generator": pipeline.description.plain()})
     shutil.copyfile(CODE / f"{NETWORK}.py", inside / f"{NETWORK}.py")

@@ -183,7 +183,8 @@ def _finish(out: Path, found: Reference, stored: Reference | None, extractor: Ex
         raise UserError(
             f"Got OUT = '{out}', which could not be written ({error.strerror or error}), expected space for it."
         ) from error
-    kinds = ["FID", *(["sFID"] if found.spatial else []), *([f"FD-DINOv2 ({about['dinov2']})"] if found.dinov2 else [])]
+    dinov2 = [f"FD-DINOv2 ({about['dinov2']['extractor']})"] if found.dinov2 else []
+    kinds = ["FID", *(["sFID"] if found.spatial else []), *dinov2]
     print(f"{out}: mu and sigma for {', '.join(kinds)} {statistics} under {extractor.name}, {out.stat().st_size / 1e6:,.1f} MB")
     if found.features is None:
         print("  no features of single images: KID, precision and recall stay off")
