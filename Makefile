@@ -14,7 +14,7 @@ help: ## list the targets
 quickstart: .venv/.quickstart $(DIGITS)/dataset.json ## install, prepare the digits, train: 1- and 2-step samples in minutes
 	$(BIN)/python lightning_cli.py fit --config configs/experiment/quickstart.yaml
 
-claim: .venv/.quickstart $(DIGITS)/dataset.json ## MeanFlow's claim, small: 1 step against flow matching at 1 to 32, into docs/results.md, meant for half an hour
+claim: .venv/.quickstart $(DIGITS)/dataset.json ## MeanFlow's claim, small: 1 step against flow matching at 1 to 32, into docs/results.md: 20 minutes
 	$(BIN)/python -m scripts.claim $(ARGS)
 
 ablations: .venv/.quickstart $(DIGITS)/dataset.json ## the paper's ablations, small, beside its table, into docs/results.md: an hour or two

@@ -25,6 +25,7 @@ KEYS = {
     "kid_std",
     "inception_score_std",
     "images_per_s",
+    "stage",
     "seconds_per_image",
     "protocol",
     "protocol_id",

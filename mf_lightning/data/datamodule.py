@@ -34,9 +34,6 @@ class LatentData(LightningDataModule):
         workers: threads that make batches ahead; null is one on a GPU and none elsewhere.
     """
 
-    subset = Subset()
-    """Which rows are used."""
-
     def __init__(
         self,
         info: DatasetInfo,
@@ -60,7 +57,7 @@ class LatentData(LightningDataModule):
                 raise UserError(f"Got data.{name} = {value}, expected at least 1.")
         if workers is not None and workers < 0:
             raise UserError(f"Got data.workers = {workers}, expected 0 or more threads, or null.")
-        self.info = info
+        self.info, self.subset = info, Subset()
         self.autoencoder = autoencoder
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -288,8 +285,8 @@ class LatentDataModule(LatentData):
             raise UserError(
                 f"Got data.init_args.checksums = true for '{path}', expected false: files of a URL are checked when fetched."
             )
-        self.subset = Subset() if subset is None else subset
-        held_out = self.subset.holds_out(val_split)
+        subset = Subset() if subset is None else subset
+        held_out = subset.holds_out(val_split)
         super().__init__(
             self.place.info,
             autoencoder,
@@ -299,6 +296,7 @@ class LatentDataModule(LatentData):
             seed=seed,
             workers=workers,
         )
+        self.subset = subset
         if held_out:
             self.val_split = HELD_OUT
         self.path = path
