@@ -30,9 +30,11 @@ KEYS = {
     "protocol",
     "protocol_id",
 }
+TENSORBOARD = RECIPES.parent / "trainer" / "tensorboard.yaml"
 PROTOCOL = {
     "extractor", "layer", "resize", "reference", "labels", "autoencoder", "rounding", "num_samples", "seed", "precision",
-    "ema", "nfe", "kid_subset_size", "dinov2", "sampler",
+    "ema", "nfe", "kid_subset_size", "dinov2", "sampler", "weights", "extractor_weights",
+    "class_layer",
 }  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def test_test_takes_sampling_steps_from_the_command_line_and_leaves_the_curves_a
     for subcommand, nfe in (("test", 4), ("validate", 3)):
         result = command_line(
             subcommand, *SMOKE, f"--trainer.default_root_dir={root}", f"--ckpt_path={checkpoint}",
-            f"--sample_eval.nfe=[{nfe}]", "--sample_eval.num_samples=50", "--sample_eval.emas=[null]",
+            f"--sample_eval.nfe=[{nfe}]", "--sample_eval.num_samples=50", "--sample_eval.emas=[null]", "--config", TENSORBOARD,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-2000:]
         row = lines(root / "sample_eval.jsonl")[-1]
@@ -144,6 +146,9 @@ def test_test_takes_sampling_steps_from_the_command_line_and_leaves_the_curves_a
         logged = (root / f"metrics_{subcommand}.csv").read_text().splitlines()
         place = logged[0].split(",").index("step")
         assert {line.split(",")[place] for line in logged[1:]} == {"60"}  # not 0, where training began
+        [events] = root.rglob("events.out.tfevents*")
+        assert subcommand in events.relative_to(root).parts  # no curve of training
+        events.unlink()
     assert (root / "metrics.csv").read_text() == metrics
     assert lines(root / "sample_eval.jsonl")[: len(evaluations)] == evaluations
 

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mf_lightning.callbacks.curves import log_figures
 from mf_lightning.callbacks.wandb_log import without_secrets
 from mf_lightning.checkpoints import read_checkpoint
 from mf_lightning.cli import configs_dir
@@ -204,21 +203,6 @@ def test_another_protocol_has_curves_of_its_own(tmp_path):
     assert before.id == after.id
     last = read_checkpoint(tmp_path / "checkpoints" / "best_nfe1.ckpt")
     assert (best["global_step"], last["global_step"]) == (2, 4)  # the best begins anew, whatever the figures
-
-
-def test_what_watches_a_figure_finds_it_under_its_plain_name():
-    seen = []
-
-    class Module:
-        def log(self, key, value, **how):
-            seen.append((key, how.get("logger", True)))
-
-    row = {"nfe": 2, "ema": None, "fid": 3.0, "kid": None, "protocol_id": "b"}
-    log_figures(Module(), row, first=0.9, home="a")
-    assert seen == [("fid/nfe2/raw", False), ("fid/nfe2/raw@b", True)]
-    seen.clear()
-    log_figures(Module(), row, first=None, home="b")
-    assert seen == [("fid/nfe2", True)]
 
 
 def test_secrets_stay_here():
