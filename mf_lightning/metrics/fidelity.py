@@ -15,7 +15,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_kid import kernel_mmd
 
 from mf_lightning.metrics.extractor import SPATIAL, Extractor
-from mf_lightning.metrics.neighbours import NEIGHBOURS, precision_recall
+from mf_lightning.metrics.neighbours import NEIGHBOURS, all_radii, precision_recall
 from mf_lightning.metrics.processes import summed, world
 from mf_lightning.metrics.protocol import NAMES
 from mf_lightning.metrics.reference import SPATIAL_DIM, Reference
@@ -150,7 +150,10 @@ class SampleQuality:
         if "kid" in self.metrics:
             figures["kid"], figures["kid_std"] = kid(self.store.rows, self.count, self.reference.features)
         if "precision" in self.metrics or "recall" in self.metrics:
-            both = dict(zip(("precision", "recall"), precision_recall(self.store, self.reference.features), strict=True))
+            real = self.reference
+            if real.radii is None:  # once for all NFE and averages
+                real.radii = all_radii(real.features)
+            both = dict(zip(("precision", "recall"), precision_recall(self.store, real.features, real.radii), strict=True))
             figures.update({name: value for name, value in both.items() if name in self.metrics})
         if "inception_score" in self.metrics:
             figures["inception_score"], figures["inception_score_std"] = self._score().compute()

@@ -31,14 +31,25 @@ def radii(rows: Tensor, blocks: Iterable[Tensor]) -> Tensor:
     return nearest[:, -1]
 
 
-def precision_recall(generated: FeatureStore, real: Tensor) -> tuple[float, float]:
-    """Return precision and recall, each in [0, 1], of generated against real features, (M, D); every process calls it."""
+def all_radii(real: Tensor) -> Tensor:
+    """Return the radii of real features, (M, D), as (M,), each process computing some blocks; every process calls it."""
     rank, processes = world()
+    found = torch.zeros(len(real))
+    for start in range(rank * BLOCK, len(real), processes * BLOCK):
+        found[start : start + BLOCK] = radii(real[start : start + BLOCK], real.split(BLOCK))
+    return summed(found)
+
+
+def precision_recall(generated: FeatureStore, real: Tensor, of_real: Tensor | None = None) -> tuple[float, float]:
+    """Return precision and recall, each in [0, 1]; every process calls it.
+
+    Args:
+        generated: features of the generated images.
+        real: features of the real ones, (M, D).
+        of_real: their radii, (M,), as :func:`all_radii` returns them; None computes them.
+    """
     real_blocks = real.split(BLOCK)
-    real_radii = torch.zeros(len(real))
-    for start in range(rank * BLOCK, len(real), processes * BLOCK):  # each process some blocks
-        real_radii[start : start + BLOCK] = radii(real[start : start + BLOCK], real_blocks)
-    real_radii = summed(real_radii).split(BLOCK)
+    real_radii = (all_radii(real) if of_real is None else of_real).split(BLOCK)
     own_radii = _own_radii(generated)
     inside, covered = 0, torch.zeros(len(real), dtype=torch.int64)
     for place, rows in enumerate(generated.local_blocks()):

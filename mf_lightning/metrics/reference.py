@@ -73,6 +73,8 @@ class Reference:
         self.name, self.about = name, about
         self.spatial, self.dinov2 = spatial, dinov2
         self._features = features
+        self.radii: Tensor | None = None
+        """Reach of each feature's ball, (N,), for precision and recall; made by who first asks for it."""
 
     @property
     def has_features(self) -> bool:
