@@ -1,6 +1,7 @@
 """One thread per process: the tests' networks are small, and two processes that share cores by spinning crawl."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,6 +11,8 @@ import torch
 from mf_lightning.callbacks import preemption
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background: commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

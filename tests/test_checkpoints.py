@@ -476,6 +476,7 @@ def test_any_strategy_goes_on_from_any_other(halves, unbroken, tmp_path, one, ot
         assert_equal(unbroken, {**state(half), "step": found["step"]})
 
 
+@pytest.mark.slow
 def test_another_architecture_is_refused_under_fsdp(halves, tmp_path):
     options = [*SETTINGS, *FSDP, f"--trainer.default_root_dir={tmp_path}", "--model.net.init_args.hidden_size=32"]
     message = error_of(command_line("fit", *options, f"--ckpt_path={halves('fsdp')}", env={"OMP_NUM_THREADS": "1"}))

@@ -229,6 +229,7 @@ def test_nothing_to_resume_is_said(tmp_path, capsys):
     assert "expected a run to resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_counts_of_steps_need_no_other_settings(tmp_path):
     """Only asked-for NFEs are scored and kept as best; evaluation may be off altogether."""
     short = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]

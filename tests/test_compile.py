@@ -47,6 +47,7 @@ def test_compiled_loss_equals_the_plain_one(jvp):
     assert counters["stats"]["unique_graphs"] == len(sizes) + (1 if jvp == "network" else 2)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_compiles_and_gives_the_same():
     net = tiny_sit(depth=1, activation_checkpointing=True)
     x = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -158,6 +158,7 @@ class SimpleThread:
         pass
 
 
+@pytest.mark.slow
 def test_off_writes_nothing(tmp_path):
     root = tmp_path / "run"
     result = command_line("fit", *SMOKE, "--trainer.max_steps=2", f"--trainer.default_root_dir={root}")

@@ -237,6 +237,7 @@ def test_what_cannot_run_is_one_line_from_one_process(tmp_path, what):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_shapes_is_one_line_from_one_process(tmp_path):
     small = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0", "--sample_eval.num_samples=0", "--sample_grid.rows=0"]
     common = ["fit", f"--config={RECIPES / 'smoke.yaml'}", *small, "--self_check.enabled=false"]

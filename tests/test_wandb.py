@@ -258,6 +258,7 @@ def test_a_refused_connection(tmp_path):
     assert len(run.values("x")) == 100
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_but_opens_no_run(tmp_path):
     server = FakeServer(hangs=("graphql",))
     said = logger_run(tmp_path, server.url, init_s=2.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -39,8 +38,10 @@ class FeatureStore:
         for number, row in zip(index.tolist(), rows, strict=True):
             place, owner = divmod(number, self.processes)
             assert owner == self.rank, "each process keeps its own images"
-            if os.pwrite(self._file.fileno(), row.tobytes(), place * self._row) != self._row:  # a full disk takes a part
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tempfile.gettempdir()}/features-*")
+            data, start = row.tobytes(), place * self._row
+            while data:  # a full disk takes a part, and says so the next time
+                written = os.pwrite(self._file.fileno(), data, start)
+                data, start = data[written:], start + written
             self._written[place] = True
 
     def local(self, places: np.ndarray) -> Tensor:
