@@ -171,6 +171,11 @@ def test_tensorboard_has_the_same(two):
             sent = Image.open(io.BytesIO(event.encoded_image_string))
             written = Image.open(two / "grids" / f"step{event.step:08d}{file}.png").convert("RGB")
             assert np.array_equal(np.asarray(sent), np.asarray(written))
+    [row, *_] = lines(two / "sample_eval.jsonl")
+    [text] = events.Tensors(f"protocol/{row['protocol_id']}/text_summary")
+    told = text.tensor_proto.string_val[0].decode()
+    for key in ("extractor", "reference", "autoencoder", "num_samples", "seed"):
+        assert f"- {key}: {row['protocol'][key]}" in told
 
 
 def test_one_process_says_the_same_of_each_time(one, two):

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from mf_lightning.metrics.protocol import METRICS, protocol_id
+from mf_lightning.metrics.protocol import COMPARED, METRICS, protocol_id
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -73,6 +74,15 @@ def log_figures(pl_module: LightningModule, row: dict[str, Any], *, first: float
         pl_module.log(watched, value, logger=watched == logged, rank_zero_only=False)
         if watched != logged:
             pl_module.log(logged, value, rank_zero_only=False)
+
+
+def note_protocol(trainer: Trainer, row: dict[str, Any]) -> None:
+    """Write a protocol into TensorBoard as text, under its id; W&B has it in the run's config."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            shared = {key: value for key, value in row["protocol"].items() if key not in COMPARED}
+            text = "\n".join(f"- {key}: {value}" for key, value in shared.items())
+            logger.experiment.add_text(f"protocol/{row['protocol_id']}", text, global_step=row["step"])
 
 
 def keep_lines(file: Path, *, before: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from mf_lightning.callbacks.curves import Home, append_line, find_home, keep_lines, log_figures
+from mf_lightning.callbacks.curves import Home, append_line, find_home, keep_lines, log_figures, note_protocol
 from mf_lightning.callbacks.generate import LabelScheme, Stopwatch, find_ema, generate
 from mf_lightning.callbacks.scoring import Beside
 from mf_lightning.flow.sampler import AverageSampler, Sampler, check_nfe
@@ -233,6 +233,8 @@ class SampleEval(Callback):
             keep_lines(file, before=trainer.global_step)
         for ema in emas:
             for row in self._evaluate(trainer, pl_module, ema):
+                if row["protocol_id"] not in {earlier["protocol_id"] for earlier in self.rows}:
+                    note_protocol(trainer, row)
                 self.rows.append(row)
                 home = self.home if trainer.state.fn == "fit" else None
                 log_figures(pl_module, row, first=self.first, home=home)
