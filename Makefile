@@ -17,7 +17,7 @@ quickstart: .venv/.quickstart $(DIGITS)/dataset.json ## install, prepare the dig
 claim: .venv/.quickstart $(DIGITS)/dataset.json ## MeanFlow's claim, small: 1 step against flow matching at 1 to 32, into docs/results.md: 20 minutes
 	$(BIN)/python -m scripts.claim $(ARGS)
 
-ablations: .venv/.quickstart $(DIGITS)/dataset.json ## the paper's ablations, small, beside its table, into docs/results.md: an hour or two
+ablations: .venv/.quickstart $(DIGITS)/dataset.json ## the paper's ablations, small, beside its table, into docs/results.md: an hour
 	$(BIN)/python -m scripts.ablations $(ARGS)
 
 test: .venv/.dev ## install with the dev extra and run every test not marked slow

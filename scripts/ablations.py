@@ -174,10 +174,10 @@ def order_words(group: Group, results: dict[str, Measured]) -> str:
     best = (
         "The best setting is the same." if by_here[0] == by_paper[0] else f"The best here is {by_here[0]}, not {by_paper[0]}."
     )
+    told = f"Of the {len(clear)} pairs that lie at least 10 % apart in the paper, {agree} come in the same order here."
     return (
         f"**Not the same order.** Paper, best first: {' < '.join(by_paper)}; here: {' < '.join(by_here)}. The other way round: "
-        f"{'; '.join(wrong)}. Of the {len(clear)} pairs that lie at least 10 % apart in the paper, {agree} come in the same "
-        f"order here. {best}"
+        f"{'; '.join(wrong)}. {told if clear else 'No two lie 10 % apart in the paper.'} {best}"
     )
 
 
