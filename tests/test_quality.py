@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +277,37 @@ def test_memory_of_fifty_thousand_images_stays_below_a_gigabyte():
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 1.0  # GB; 50,000 x 2,048 float32 alone are 0.41, twice that while joined
+
+
+def test_a_reference_of_fifty_thousand_images_is_in_memory_once():
+    code = (
+        "import sys, torch\n"
+        "from types import SimpleNamespace\n"
+        "from mf_lightning.metrics.reference import ReferenceSums, load_reference, save_reference\n"
+        "features, dummy = torch.randn(250, 2048), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)\n"
+        "class Wide:\n"
+        "    layer, dim, spatial, name, checksum = 'f', 2048, False, 'wide', '0' * 16\n"
+        "    net = SimpleNamespace(get_dummy_input_for_compile=lambda: dummy)\n"
+        "    def features(self, images): return {'f': features[: len(images)] + images[0, 0, 0, 0]}\n"
+        "def peak():\n"
+        "    return int([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1]) / 1e6\n"
+        "before, sums = peak(), ReferenceSums(Wide())\n"
+        "for start in range(0, 50_000, 250):\n"
+        "    image = torch.full((250, 1, 1, 1), start // 250, dtype=torch.uint8)\n"
+        "    sums.update(image, torch.arange(start, start + 250))\n"
+        "    if start: sums.sums['f'].update = lambda features: None\n"  # their memory stays, their time would not
+        "reference = sums.reference({'source': 'test'})\n"
+        "save_reference(sys.argv[1], reference)\n"
+        "del sums, reference\n"
+        "assert load_reference(sys.argv[1], Wide()).features.shape == (50_000, 2048)\n"
+        "print(peak() - before)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code, f"{folder}/reference.npz"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.7  # GB; the features alone are 0.41
 
 
 def test_precision_and_recall_hold_no_matrix_of_all_pairs():
