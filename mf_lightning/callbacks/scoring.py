@@ -20,7 +20,7 @@ class Beside:
 
     Args:
         device: that the jobs compute on.
-        threaded: whether a thread does them; null is on a GPU only.
+        threaded: whether a thread does them; None is on a GPU only.
     """
 
     def __init__(self, device: torch.device, *, threaded: bool | None = None) -> None:

@@ -27,7 +27,15 @@ def time_grid(num_steps: int) -> list[float]:
 
 
 def check_nfe(name: str, nfe: list[int]) -> list[int]:
-    """Refuse an empty list, or step counts that are not whole and positive, at the door."""
+    """Return the numbers of sampling steps of an option, checked at the door.
+
+    Args:
+        name: of the option, for messages.
+        nfe: numbers of jumps, each one network pass.
+
+    Raises:
+        UserError: none, one that is not whole and positive, or one that stands twice.
+    """
     if not nfe:
         raise UserError(f"Got {name} = [], expected at least one number of sampling steps, for example [1, 2].")
     for num_steps in nfe:

@@ -140,9 +140,7 @@ def push_folder(folder: Path, repository: str, *, public: bool) -> str:
 
     from huggingface_hub.errors import HfHubHTTPError
 
-    unanswered = (
-        HfHubHTTPError.__bases__
-    )  # the base of its HTTP client's errors, which have been requests', httpx's and httpx2's
+    unanswered = HfHubHTTPError.__bases__  # of its client's errors, which have been those of requests, httpx and httpx2
     try:
         api = huggingface_hub.HfApi()
         address = api.create_repo(repository, private=not public, exist_ok=True)
